@@ -1,0 +1,77 @@
+"""Patch embedding and patch merging with the parameters of OpenMMLab's Swin."""
+
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+
+class PatchEmbed(BaseModule):
+    """Cut an image into non-overlapping patches and project each to a token.
+
+    Args:
+        in_channels: Channels of the image.
+        embed_dims: Channels C of a token.
+        patch_size: Side of a patch, in px.
+        norm_cfg: Normalization after the projection, or None.
+    """
+
+    def __init__(
+        self, in_channels: int, embed_dims: int, patch_size: int, norm_cfg: dict | None
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.projection = nn.Conv2d(in_channels, embed_dims, patch_size, stride=patch_size)
+        self.norm = build_norm_layer(norm_cfg, embed_dims)[1] if norm_cfg else nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Map images (B, in_channels, H, W) of any size to tokens (B, N, C) and the map's size.
+
+        Images are padded with zeros at the right and the bottom to whole patches.
+        """
+        x = self.projection(_pad_to_multiple(x, self.patch_size))
+        return self.norm(x.flatten(2).transpose(1, 2)), tuple(x.shape[2:])
+
+
+class PatchMerging(BaseModule):
+    """Merge 2 x 2 neighbouring tokens into one (Swin, section 3.1).
+
+    Args:
+        in_channels: Channels C of a token.
+        out_channels: Channels of a merged token.
+        stride: Step between merged neighbourhoods, in tokens.
+        norm_cfg: Normalization of the 4C concatenated channels, or None.
+    """
+
+    kernel_size = 2
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, norm_cfg: dict | None
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.out_channels = out_channels
+        dims = self.kernel_size**2 * in_channels
+        self.norm = build_norm_layer(norm_cfg, dims)[1] if norm_cfg else nn.Identity()
+        self.reduction = nn.Linear(dims, out_channels, bias=False)
+
+    def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Map tokens (B, N, C) to merged tokens and their size; zeros pad right and bottom."""
+        b, _, c = x_BNC.shape
+        x_BHWC = _pad_to_cover(x_BNC.view(b, *hw, c), self.kernel_size, self.stride)
+        # Channels outermost, then rows and columns: the order that torch's unfold gives.
+        x = x_BHWC.unfold(1, self.kernel_size, self.stride)
+        x = x.unfold(2, self.kernel_size, self.stride)
+        out_hw = tuple(x.shape[1:3])
+        return self.reduction(self.norm(x.reshape(b, out_hw[0] * out_hw[1], -1))), out_hw
+
+
+def _pad_to_multiple(x_BCHW: Tensor, size: int) -> Tensor:
+    bottom, right = (-s % size for s in x_BCHW.shape[2:])
+    return F.pad(x_BCHW, (0, right, 0, bottom)) if bottom or right else x_BCHW
+
+
+def _pad_to_cover(x_BHWC: Tensor, kernel: int, stride: int) -> Tensor:
+    """Pad such that every ``stride``-th position starts a full kernel."""
+    pad = [max((-(-s // stride) - 1) * stride + kernel - s, 0) for s in x_BHWC.shape[1:3]]
+    return F.pad(x_BHWC, (0, 0, 0, pad[1], 0, pad[0])) if any(pad) else x_BHWC

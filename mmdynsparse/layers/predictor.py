@@ -1,0 +1,45 @@
+"""Importance-score predictor (Rao et al., T-PAMI 2023, section 3.2; DynamicViT, eq. 1-4)."""
+
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ..registry import MODELS
+
+
+@MODELS.register_module()
+class LocalGlobalPredictor(BaseModule):
+    """Score every location from its own features and the mean of the map.
+
+    LayerNorm, Linear(C, C), GELU; the first half of the channels stays local, the second half is
+    replaced by its mean over all locations; then Linear(C, C/2), GELU, Linear(C/2, C/4), GELU,
+    Linear(C/4, 2) and log-softmax. The layer that follows the mean is applied to the local half
+    and, once for each image, to the mean: the same sum as on the concatenation.
+
+    Args:
+        embed_dims: Channels C of the map, at least 4.
+        init_cfg: As in every OpenMMLab module. Defaults to None.
+
+    Raises:
+        ValueError: If ``embed_dims`` is less than 4.
+    """
+
+    def __init__(self, embed_dims: int, init_cfg: dict | None = None) -> None:
+        super().__init__(init_cfg)
+        if embed_dims < 4:
+            raise ValueError(f'embed_dims must be at least 4, got {embed_dims}')
+        self.norm = nn.LayerNorm(embed_dims)
+        self.fc_in = nn.Linear(embed_dims, embed_dims)
+        self.fc1 = nn.Linear(embed_dims, embed_dims // 2)
+        self.fc2 = nn.Linear(embed_dims // 2, embed_dims // 4)
+        self.fc3 = nn.Linear(embed_dims // 4, 2)
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        """Return (B, N, 2) float32 log-probabilities [keep, drop] of tokens (B, N, C)."""
+        x_BNC = F.gelu(self.fc_in(self.norm(x_BNC)))
+        local = x_BNC.shape[-1] // 2
+        w_local, w_mean = self.fc1.weight.split((local, x_BNC.shape[-1] - local), dim=1)
+        mean_B1C = x_BNC[..., local:].mean(1, keepdim=True)
+        h = F.linear(x_BNC[..., :local], w_local) + F.linear(mean_B1C, w_mean, self.fc1.bias)
+        h = self.fc3(F.gelu(self.fc2(F.gelu(h))))
+        return F.log_softmax(h.float(), dim=-1)

@@ -1,0 +1,5 @@
+"""Model parts that OpenMMLab's registries build."""
+
+from .backbones import SparseSwinTransformer
+
+__all__ = ['SparseSwinTransformer']

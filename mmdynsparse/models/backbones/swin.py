@@ -1,0 +1,385 @@
+"""Sparse Swin Transformer.
+
+Sources: Liu et al., *Swin Transformer* (arXiv 2103.14030); Rao et al., *Dynamic Spatial
+Sparsification* (T-PAMI 2023, arXiv 2207.01580). Arguments and state-dict names are those of
+``SwinTransformer`` in mmsegmentation 1.x and mmdetection 3.x; what is added are predictors
+(``stages.I.predictors.J``) and fast paths (``stages.I.blocks.K.fast_path``).
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.utils.checkpoint as cp
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.drop import DropPath
+from mmcv.cnn.bricks.transformer import FFN
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, ModuleList
+from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
+from mmengine.utils import to_2tuple
+from torch import Tensor, nn
+
+from ...layers import PatchEmbed, PatchMerging, ShiftWindowMSA
+from ...ops import Decision, two_paths
+from ...registry import MODELS
+from ...utils.checkpoint import load_pretrained, resize_bias_table, resize_pos_embed
+from .sparse_backbone import SparseBackbone, build_part
+
+Decide = Callable[[Tensor, tuple[int, int], nn.Module], Decision]
+
+
+class SwinBlock(BaseModule):
+    """Window attention everywhere, then FFN (slow) or fast path for each token.
+
+    Args:
+        embed_dims: Channels C.
+        num_heads: Attention heads.
+        feedforward_channels: Hidden channels of the FFN.
+        window_size: Side of a window, in tokens.
+        shift: Whether windows are shifted by half their side.
+        drop_rate: Dropout of the FFN and of the attention's output.
+        drop_path_rate: Stochastic depth of both residual branches.
+        act_cfg: Activation of the FFN.
+        norm_cfg: Normalization.
+        with_cp: Whether activations are recomputed in the backward pass.
+        fast_path: Config of the fast path, or None for a block that is never sparse or whose
+            dropped tokens stay as they are.
+        **attn_kwargs: Further arguments of :class:`ShiftWindowMSA`.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        feedforward_channels: int,
+        window_size: int,
+        shift: bool,
+        drop_rate: float,
+        drop_path_rate: float,
+        act_cfg: dict,
+        norm_cfg: dict,
+        with_cp: bool,
+        fast_path: dict | None,
+        **attn_kwargs,
+    ) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.attn = ShiftWindowMSA(
+            embed_dims,
+            num_heads,
+            window_size,
+            shift_size=window_size // 2 if shift else 0,
+            proj_drop_rate=drop_rate,
+            **attn_kwargs,
+        )
+        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.ffn = FFN(
+            embed_dims,
+            feedforward_channels,
+            ffn_drop=drop_rate,
+            act_cfg=act_cfg,
+            add_identity=False,
+        )
+        self.fast_path = build_part(fast_path, embed_dims) if fast_path else None
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(
+        self, x: Tensor, hw: tuple[int, int], decision: Decision | None, gather: bool
+    ) -> Tensor:
+        """Return the block's output for tokens (B, N, C); without a decision it is dense."""
+        if self.with_cp and x.requires_grad:
+            return cp.checkpoint(self._forward, x, hw, decision, gather, use_reentrant=False)
+        return self._forward(x, hw, decision, gather)
+
+    def _forward(
+        self, x: Tensor, hw: tuple[int, int], decision: Decision | None, gather: bool
+    ) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), hw))
+        # In training the mask and the fast path take part even at keep ratio 1: no parameter is
+        # without a gradient, and the mask of ones gives the slow path's value exactly.
+        if decision is None or (decision.keeps_all and not self.training):
+            return x + self.drop_path(self._slow_path(x))
+        return x + self.drop_path(two_paths(x, self._slow_path, self.fast_path, decision, gather))
+
+    def _slow_path(self, x: Tensor) -> Tensor:
+        return self.ffn(self.norm2(x))
+
+
+class SwinStage(BaseModule):
+    """The blocks of one stage, its predictors, and the merging that follows it.
+
+    Args:
+        embed_dims: Channels C.
+        depth: Number of blocks.
+        drop_path_rates: Stochastic depth of each block.
+        downsample: The merging after the stage, or None. The backbone calls it.
+        locations: Blocks before which a predictor decides.
+        predictor: Config of the predictors.
+        fast_path: Config of the fast paths of the blocks from the first location on.
+        **block_kwargs: Further arguments of :class:`SwinBlock`.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        depth: int,
+        drop_path_rates: Sequence[float],
+        downsample: PatchMerging | None,
+        locations: Sequence[int],
+        predictor: dict | None,
+        fast_path: dict | None,
+        **block_kwargs,
+    ) -> None:
+        super().__init__()
+        self.locations = tuple(locations)
+        first_sparse = min(locations, default=depth)
+        self.blocks = ModuleList(
+            SwinBlock(
+                embed_dims,
+                shift=i % 2 == 1,
+                drop_path_rate=drop_path_rates[i],
+                fast_path=fast_path if i >= first_sparse else None,
+                **block_kwargs,
+            )
+            for i in range(depth)
+        )
+        self.predictors = ModuleList(build_part(predictor, embed_dims) for _ in locations)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, hw: tuple[int, int], decide: Decide, gather: bool) -> Tensor:
+        """Return the output, before merging, for tokens (B, N, C)."""
+        decision = None
+        predictors = iter(self.predictors)
+        for i, block in enumerate(self.blocks):
+            if i in self.locations:
+                decision = decide(x, hw, next(predictors))
+            x = block(x, hw, decision, gather)
+        return x
+
+
+@MODELS.register_module()
+class SparseSwinTransformer(SparseBackbone):
+    """Swin Transformer that sends a part of its tokens through the FFNs.
+
+    Args:
+        pretrain_img_size: Image size (px) of the absolute position embedding. Defaults to 224.
+        in_channels: Channels of the image. Defaults to 3.
+        embed_dims: Channels of the first stage. Defaults to 96.
+        patch_size: Side of a patch, in px. Defaults to 4.
+        window_size: Side of an attention window, in tokens. Defaults to 7.
+        mlp_ratio: Hidden channels of an FFN per channel. Defaults to 4.
+        depths: Blocks of each stage. Defaults to (2, 2, 6, 2).
+        num_heads: Attention heads of each stage. Defaults to (3, 6, 12, 24).
+        strides: Stride of the patch embedding and of each merging. Defaults to (4, 2, 2, 2).
+        out_indices: Stages whose output is returned. Defaults to (0, 1, 2, 3).
+        qkv_bias: Whether queries, keys and values have a bias. Defaults to True.
+        qk_scale: Scale of the attention logits. Defaults to None, head_dim ** -0.5.
+        patch_norm: Whether patch embedding and merging have a norm. Defaults to True.
+        drop_rate: Dropout. Defaults to 0.
+        attn_drop_rate: Dropout of the attention weights. Defaults to 0.
+        drop_path_rate: Stochastic depth of the last block, linear in depth. Defaults to 0.1.
+        use_abs_pos_embed: Whether there is an absolute position embedding; it is resized to any
+            input. Defaults to False.
+        act_cfg: Activation. Defaults to dict(type='GELU').
+        norm_cfg: Normalization. Defaults to dict(type='LN').
+        with_cp: Whether blocks recompute their activations in the backward pass, which saves
+            memory. Defaults to False.
+        pretrained: Deprecated, use ``init_cfg``. Defaults to None.
+        convert_weights: Whether the checkpoint of ``init_cfg`` has the names of the original Swin
+            repository. Defaults to False.
+        frozen_stages: Stages to freeze: -1 none, 0 the patch embedding, i also the first i
+            stages. Defaults to -1.
+        init_cfg: None or dict(type='Pretrained', checkpoint=...). Defaults to None.
+        sparsity: Where and how much the model is sparse, see
+            :class:`~mmdynsparse.models.sparsity.Sparsity`; None is the dense model. Defaults to
+            None.
+
+    Raises:
+        ValueError: If ``sparsity``, ``strides``, ``out_indices`` or ``init_cfg`` is not valid.
+    """
+
+    def __init__(
+        self,
+        pretrain_img_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        embed_dims: int = 96,
+        patch_size: int = 4,
+        window_size: int = 7,
+        mlp_ratio: float = 4,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        strides: Sequence[int] = (4, 2, 2, 2),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        patch_norm: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        use_abs_pos_embed: bool = False,
+        act_cfg: dict | None = None,
+        norm_cfg: dict | None = None,
+        with_cp: bool = False,
+        pretrained: str | None = None,
+        convert_weights: bool = False,
+        frozen_stages: int = -1,
+        init_cfg: dict | None = None,
+        sparsity: Mapping | None = None,
+    ) -> None:
+        super().__init__(sparsity, depths, _init_cfg(init_cfg, pretrained))
+        _check_args(patch_size, strides, out_indices, depths)
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.convert_weights = convert_weights
+        self.use_abs_pos_embed = use_abs_pos_embed
+        self.num_features = [embed_dims * 2**i for i in range(len(depths))]
+        act_cfg = act_cfg or dict(type='GELU')
+        norm_cfg = norm_cfg or dict(type='LN')
+        patch_norm_cfg = norm_cfg if patch_norm else None
+
+        self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size, patch_norm_cfg)
+        if use_abs_pos_embed:
+            self.pretrain_hw = tuple(s // patch_size for s in to_2tuple(pretrain_img_size))
+            num_patches = self.pretrain_hw[0] * self.pretrain_hw[1]
+            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, num_patches, embed_dims))
+        self.drop_after_pos = nn.Dropout(drop_rate)
+
+        drop_path = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        parts = self.sparsity
+        self.stages = ModuleList()
+        for i, (dims, depth) in enumerate(zip(self.num_features, depths, strict=True)):
+            last = i == len(depths) - 1
+            stage = SwinStage(
+                dims,
+                depth,
+                drop_path[sum(depths[:i]) : sum(depths[: i + 1])],
+                None if last else PatchMerging(dims, 2 * dims, strides[i + 1], patch_norm_cfg),
+                self.stage_locations(i),
+                parts.predictor if parts else None,
+                parts.fast_path if parts else None,
+                num_heads=num_heads[i],
+                feedforward_channels=int(mlp_ratio * dims),
+                window_size=window_size,
+                drop_rate=drop_rate,
+                act_cfg=act_cfg,
+                norm_cfg=norm_cfg,
+                with_cp=with_cp,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                attn_drop_rate=attn_drop_rate,
+            )
+            self.stages.append(stage)
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', build_norm_layer(norm_cfg, self.num_features[i])[1])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
+
+        The decisions made on the way are in ``decisions`` afterwards.
+        """
+        self.start_decisions()
+        x, hw = self.patch_embed(x)
+        if self.use_abs_pos_embed:
+            x = x + resize_pos_embed(self.absolute_pos_embed, self.pretrain_hw, hw)
+        x = self.drop_after_pos(x)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x, hw, self.decide, self.gathers(stage.training))
+            if i in self.out_indices:
+                out = getattr(self, f'norm{i}')(x)
+                outs.append(out.unflatten(1, hw).permute(0, 3, 1, 2).contiguous())
+            if stage.downsample is not None:
+                x, hw = stage.downsample(x, hw)
+        return tuple(outs)
+
+    def train(self, mode: bool = True) -> 'SparseSwinTransformer':
+        """Set the training mode; frozen stages stay in eval mode, without gradients."""
+        super().train(mode)
+        if self.frozen_stages >= 0:
+            _freeze(self.patch_embed)
+            self.drop_after_pos.eval()
+            if self.use_abs_pos_embed:
+                self.absolute_pos_embed.requires_grad = False
+        for i in range(self.frozen_stages):
+            _freeze(self.stages[i])
+            if i in self.out_indices:
+                _freeze(getattr(self, f'norm{i}'))
+        return self
+
+    def init_weights(self) -> None:
+        """Initialize as Swin does, then load the checkpoint of ``init_cfg`` if there is one."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                trunc_normal_init(m, std=0.02, bias=0.0)
+            elif isinstance(m, nn.LayerNorm):
+                constant_init(m, val=1.0, bias=0.0)
+        if self.use_abs_pos_embed:
+            trunc_normal_(self.absolute_pos_embed, std=0.02)
+        if self.init_cfg is None:
+            print_log(f'{type(self).__name__} starts from random weights', logger='current')
+            return
+        source = 'swin' if self.convert_weights else 'mmdet'
+        load_pretrained(self, self.init_cfg['checkpoint'], source, _may_be_new)
+        # ``convert_weights`` is mmdet's, and mmdet shifts the windows of small maps.
+        if self.convert_weights:
+            self._shift_small_maps(True)
+
+    def _shift_small_maps(self, shift: bool) -> None:
+        for m in self.modules():
+            if isinstance(m, ShiftWindowMSA):
+                m.shift_small_maps = shift
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        """Fit a checkpoint of another window or image size, or with norms of other outputs."""
+        self._shift_small_maps(local_metadata.get('shift_small_maps', True))
+        own = {prefix + k: v for k, v in self.state_dict().items()}
+        for name in [k for k in state_dict if k.startswith(prefix)]:
+            if re.fullmatch(r'norm\d\.\w+', name[len(prefix) :]) and name not in own:
+                del state_dict[name]
+            elif name not in own or state_dict[name].shape == own[name].shape:
+                continue
+            elif name.endswith('relative_position_index'):
+                state_dict[name] = own[name]
+            elif name.endswith('relative_position_bias_table'):
+                state_dict[name] = resize_bias_table(state_dict[name], own[name].shape[0])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        shift = self.stages[0].blocks[0].attn.shift_small_maps
+        destination._metadata[prefix[:-1]]['shift_small_maps'] = shift
+
+
+def _init_cfg(init_cfg: dict | None, pretrained: str | None) -> dict | None:
+    if pretrained is not None:
+        if init_cfg is not None or not isinstance(pretrained, str):
+            raise ValueError(f'pretrained must be a str without init_cfg, got {pretrained!r}')
+        warnings.warn('pretrained is deprecated, use init_cfg instead', stacklevel=3)
+        return dict(type='Pretrained', checkpoint=pretrained)
+    if init_cfg is not None and 'checkpoint' not in init_cfg:
+        raise ValueError(
+            f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}"
+        )
+    return init_cfg
+
+
+def _check_args(
+    patch_size: int, strides: Sequence, out_indices: Sequence, depths: Sequence
+) -> None:
+    if strides[0] != patch_size:
+        raise ValueError(f'strides[0] must equal patch_size {patch_size}, got {strides[0]}')
+    if not all(0 <= i < len(depths) for i in out_indices):
+        raise ValueError(f'out_indices must be in 0 to {len(depths) - 1}, got {out_indices}')
+
+
+def _freeze(module: nn.Module) -> None:
+    module.eval()
+    module.requires_grad_(False)
+
+
+def _may_be_new(name: str) -> bool:
+    """Whether a parameter may be missing in a dense checkpoint: sparse parts, output norms."""
+    return 'predictors.' in name or '.fast_path.' in name or re.match(r'norm\d\.', name) is not None

@@ -1,0 +1,121 @@
+"""The ``sparsity`` argument of a backbone, checked and completed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+
+from ..ops import SELECTORS
+
+# Ratios of consecutive predictors of one stage (Rao et al., T-PAMI 2023, section 4.1); rounded,
+# because 0.7 - 0.2 in binary is just below 0.5 and would keep one location less.
+SCHEDULES = {
+    'subtract': lambda ratio, i: round(ratio - 0.2 * i, 6),
+    'power': lambda ratio, i: round(ratio ** (i + 1), 6),
+}
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Where and how much a backbone is sparse.
+
+    Args:
+        keep_ratio: Share of locations that take the slow path, in (0, 1]: a number for the first
+            predictor of each sparse stage, continued by ``schedule``, or one value for every
+            predictor. 1.0 keeps everything: the dense model.
+        locations: Stage index (from 0) to the blocks before which a predictor decides. Defaults
+            to None, three places in the third stage as published.
+        schedule: 'subtract' (r, r - 0.2, r - 0.4) or 'power' (r, r^2, r^3), for a number as
+            ``keep_ratio``. Defaults to 'subtract'.
+        selector: How locations are selected at inference: 'topk' keeps a fixed share of each
+            image; 'threshold' (P(keep) > 0.5) and 'mass' (the fewest locations that hold
+            ``keep_ratio`` of the sum of P(keep)) adapt to the image. Defaults to 'topk'.
+        predictor: Config of the predictor. Defaults to the published one.
+        fast_path: Config of the path of dropped locations, or None to leave them unchanged.
+            Defaults to the published one.
+    """
+
+    keep_ratio: float | Sequence[float]
+    locations: Mapping[int, Sequence[int]] | None = None
+    schedule: str = 'subtract'
+    selector: str = 'topk'
+    predictor: dict = field(default_factory=lambda: dict(type='mmdynsparse.LocalGlobalPredictor'))
+    fast_path: dict | None = field(default_factory=lambda: dict(type='mmdynsparse.LinearFastPath'))
+
+    @classmethod
+    def from_cfg(cls, cfg: Mapping, depths: Sequence[int]) -> 'Sparsity':
+        """Check a config's ``sparsity`` dict against the depths of the stages.
+
+        Raises:
+            ValueError: If a key is unknown or missing, or a value is outside its range.
+        """
+        allowed = tuple(cls.__dataclass_fields__)
+        if unknown := sorted(set(cfg) - set(allowed)):
+            raise ValueError(f'sparsity takes the keys {allowed}, got {unknown}')
+        if 'keep_ratio' not in cfg:
+            raise ValueError(f'sparsity needs keep_ratio, in (0, 1], got only {sorted(cfg)}')
+        self = cls(**cfg)
+        _check_choice('sparsity.schedule', self.schedule, SCHEDULES)
+        _check_choice('sparsity.selector', self.selector, SELECTORS)
+        locations = self.locations or default_locations(depths)
+        locations = {int(stage): tuple(blocks) for stage, blocks in locations.items()}
+        _check_locations(locations, depths)
+        self = cls(**{**cfg, 'locations': dict(sorted(locations.items()))})
+        self.resolve(self.keep_ratio)
+        return self
+
+    def resolve(self, keep_ratio: float | Sequence[float]) -> list[float]:
+        """Return the keep ratio of every predictor, in the order of stages and blocks.
+
+        Raises:
+            ValueError: If a ratio is outside (0, 1] or the list has the wrong length.
+        """
+        counts = [len(blocks) for blocks in self.locations.values()]
+        if not isinstance(keep_ratio, list | tuple):
+            _check_ratio('keep_ratio', keep_ratio)
+            if keep_ratio == 1:
+                return [1.0] * sum(counts)
+            step = SCHEDULES[self.schedule]
+            ratios = [step(keep_ratio, i) for count in counts for i in range(count)]
+            hint = f' (keep_ratio {keep_ratio} with schedule {self.schedule!r})'
+        else:
+            ratios, hint = list(keep_ratio), ''
+            if len(ratios) != sum(counts):
+                raise ValueError(
+                    f'keep_ratio must be a number or a list of {sum(counts)} values, one for '
+                    f'each predictor, got {len(ratios)} values: {ratios}'
+                )
+        for i, ratio in enumerate(ratios):
+            _check_ratio(f'keep_ratio of predictor {i}', ratio, hint)
+        return [float(r) for r in ratios]
+
+
+def default_locations(depths: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Return the published places: in the third stage, blocks 1-2-3 of 6 or 2-4-6 of 18."""
+    stage = min(2, len(depths) - 1)
+    step = max(depths[stage] // 9, 1)
+    blocks = tuple(b for b in (step, 2 * step, 3 * step) if b < depths[stage])
+    return {stage: blocks or (0,)}
+
+
+def _check_choice(name: str, value: str, allowed: Mapping) -> None:
+    if value not in allowed:
+        raise ValueError(f'{name} must be one of {tuple(allowed)}, got {value!r}')
+
+
+def _check_ratio(name: str, value: float, hint: str = '') -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
+        raise ValueError(f'{name} must be a number in (0, 1], got {value!r}{hint}')
+
+
+def _check_locations(locations: dict[int, tuple[int, ...]], depths: Sequence[int]) -> None:
+    for stage, blocks in locations.items():
+        if not 0 <= stage < len(depths):
+            raise ValueError(
+                f'sparsity.locations takes stages 0 to {len(depths) - 1}, got stage {stage}'
+            )
+        valid = all(isinstance(b, int) and 0 <= b < depths[stage] for b in blocks)
+        if not blocks or not valid or list(blocks) != sorted(set(blocks)):
+            raise ValueError(
+                f'sparsity.locations[{stage}] takes ascending block indices '
+                f'0 to {depths[stage] - 1}, got {blocks}'
+            )

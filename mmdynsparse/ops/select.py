@@ -1,0 +1,180 @@
+"""From importance scores to a decision: which locations take the slow path.
+
+Training samples with the straight-through Gumbel-softmax (Rao et al., T-PAMI 2023, section 3.2;
+DynamicViT, eq. 5-7); inference selects without noise. Dimension letters: B images, N locations
+(H * W, row by row), K kept and M dropped locations of the whole batch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Decision(NamedTuple):
+    """Which locations of a batch of feature maps take the slow path.
+
+    Attributes:
+        mask: (B, N) float32, 1 where a location is kept and 0 elsewhere; in training it carries
+            the straight-through gradient of the predictor.
+        scores: (B, N) float32, log P(keep).
+        hw: Height and width of the map, H * W = N.
+        ratio: Target keep ratio in (0, 1].
+        kept: (K,) int64, sorted positions of the kept locations in the flattened (B * N) batch,
+            or None when the decision was made for masked execution.
+        dropped: (M,) int64, the other positions, K + M = B * N, or None like ``kept``.
+    """
+
+    mask: Tensor
+    scores: Tensor
+    hw: tuple[int, int]
+    ratio: float
+    kept: Tensor | None = None
+    dropped: Tensor | None = None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the target is to keep every location, that is, the dense computation."""
+        return self.ratio >= 1
+
+
+def keep_all(x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
+    """Return the decision that keeps every location of ``x_BNC``, made without a predictor."""
+    ones_BN = torch.ones(x_BNC.shape[:2], device=x_BNC.device)
+    return Decision(ones_BN, torch.zeros_like(ones_BN), hw, 1.0)
+
+
+def sample_decision(log_probs_BN2: Tensor, hw: tuple[int, int], ratio: float) -> Decision:
+    """Sample a decision for training, with a gradient for the predictor.
+
+    The mask is hard in the forward pass and the Gumbel-softmax probability in the backward pass.
+    With ``ratio`` 1 every location is kept without noise; the gradient that says how much keeping
+    a location helps still reaches the predictor.
+
+    Args:
+        log_probs_BN2: (B, N, 2) log-probabilities [keep, drop].
+        hw: Height and width of the map.
+        ratio: Target keep ratio in (0, 1].
+    """
+    log_probs_BN2 = log_probs_BN2.float()
+    if ratio >= 1:
+        soft_BN = log_probs_BN2[..., 0].exp()
+        hard_BN = torch.ones_like(soft_BN)
+    else:
+        soft_BN = F.gumbel_softmax(log_probs_BN2, dim=-1)[..., 0]
+        hard_BN = (soft_BN > 0.5).float()
+    # The bracket is exactly zero, so the mask is exactly 0 or 1.
+    mask_BN = hard_BN + (soft_BN - soft_BN.detach())
+    return Decision(mask_BN, log_probs_BN2[..., 0], hw, ratio)
+
+
+def select_decision(
+    log_probs_BN2: Tensor,
+    hw: tuple[int, int],
+    ratio: float,
+    selector: str = 'topk',
+    gather: bool = True,
+) -> Decision:
+    """Select the kept locations of each image at inference.
+
+    Args:
+        log_probs_BN2: (B, N, 2) log-probabilities [keep, drop].
+        hw: Height and width of the map.
+        ratio: Target keep ratio in (0, 1].
+        selector: A name in ``SELECTORS``. Defaults to 'topk'.
+        gather: Whether to add the positions that gathered execution needs. Defaults to True.
+
+    Raises:
+        ValueError: If a score is NaN (CPU; other devices report it through a device assertion,
+            without a host synchronisation).
+    """
+    scores_BN = log_probs_BN2[..., 0].float()
+    _refuse_nan(scores_BN)
+    mask_BN = SELECTORS[selector](scores_BN, ratio)
+    decision = Decision(mask_BN, scores_BN, hw, ratio)
+    if not gather:
+        return decision
+    return with_positions(
+        decision, num_kept(mask_BN.shape[1], ratio) if selector == 'topk' else None
+    )
+
+
+def with_positions(decision: Decision, kept_per_image: int | None = None) -> Decision:
+    """Add the sorted flat positions of kept and dropped locations to a decision.
+
+    Args:
+        decision: A decision with a mask (B, N) of zeros and ones.
+        kept_per_image: The number of kept locations if it is the same for every image; the shapes
+            are then static and nothing waits for the device. Defaults to None, which counts.
+    """
+    mask_BN = decision.mask.detach()
+    if kept_per_image is None:
+        keep = mask_BN.flatten() > 0.5
+        return decision._replace(kept=_nonzero(keep), dropped=_nonzero(~keep))
+    kept = _positions(mask_BN, kept_per_image)
+    dropped = _positions(1 - mask_BN, mask_BN.shape[1] - kept_per_image)
+    return decision._replace(kept=kept, dropped=dropped)
+
+
+def num_kept(num_locations: int, ratio: float) -> int:
+    """Return how many of ``num_locations`` a fixed budget keeps, rounded down as published."""
+    return int(num_locations * ratio)
+
+
+def topk_mask(scores_BN: Tensor, ratio: float) -> Tensor:
+    """Keep the ``int(N * ratio)`` best-scored locations of each image."""
+    k = num_kept(scores_BN.shape[1], ratio)
+    idx_BK = scores_BN.topk(k, dim=1, sorted=False).indices
+    return torch.zeros_like(scores_BN).scatter_(1, idx_BK, 1.0)
+
+
+def threshold_mask(scores_BN: Tensor, ratio: float) -> Tensor:
+    """Keep where P(keep) > 0.5, the most probable outcome of the sampling that was trained.
+
+    The number kept adapts to the image; ``ratio`` is only what training aimed at.
+    """
+    return (scores_BN.exp() > 0.5).float()
+
+
+def mass_mask(scores_BN: Tensor, ratio: float) -> Tensor:
+    """Keep the fewest locations that together hold ``ratio`` of the image's sum of P(keep)."""
+    probs_BN, order_BN = scores_BN.exp().sort(dim=1, descending=True)
+    mass_before_BN = probs_BN.cumsum(1) - probs_BN
+    keep_BN = (mass_before_BN < ratio * probs_BN.sum(1, keepdim=True)).float()
+    return torch.zeros_like(scores_BN).scatter_(1, order_BN, keep_BN)
+
+
+SELECTORS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    'topk': topk_mask,
+    'threshold': threshold_mask,
+    'mass': mass_mask,
+}
+
+
+def _refuse_nan(scores_BN: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if scores_BN.is_cuda:
+        torch._assert_async(~scores_BN.isnan().any(), 'NaN among the keep scores')
+    elif scores_BN.isnan().any():
+        raise ValueError(
+            'the predictor gave NaN scores, expected log-probabilities; '
+            'check the input and the weights for NaN or infinite values'
+        )
+
+
+def _nonzero(flags: Tensor) -> Tensor:
+    return flags.nonzero().squeeze(1)
+
+
+def _positions(mask_BN: Tensor, count: int) -> Tensor:
+    """Sorted flat positions of the ones in ``mask_BN``, of which each row holds ``count``."""
+    b, n = mask_BN.shape
+    rank_BN = mask_BN.cumsum(1).long() - 1
+    # Zeros all write to one spare slot at the end of the row, which is cut off.
+    slot_BN = torch.where(mask_BN > 0.5, rank_BN, count)
+    idx_BN = torch.arange(b * n, device=mask_BN.device).view(b, n)
+    out_BK = idx_BN.new_zeros(b, count + 1).scatter_(1, slot_BN, idx_BN)
+    return out_BK[:, :count].flatten()

@@ -1,0 +1,112 @@
+"""Where the tokens of a map stand in its attention windows.
+
+Pure functions of shapes. Padding to whole windows, the cyclic shift and the partition into
+windows are one permutation, so they cost one gather instead of four copies of the map. Dimension
+letters: B images, L windows of one image, T = window_size ** 2 tokens of a window, N = H * W.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class WindowLayout(NamedTuple):
+    """The permutation between a batch of maps and its windows.
+
+    Attributes:
+        tokens: (B, L, T) int64, the position of each window slot in the flattened (B * N) batch;
+            slots in the padding hold B * N.
+        slots: (B, N) int64, the inverse: the position of each token among the B * L * T slots.
+        grid: Windows per image, vertically and horizontally, L = product.
+        padded: Whether any slot lies in the padding.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    grid: tuple[int, int]
+    padded: bool
+
+
+# One entry for each stage and shift of two input sizes; variable-size inputs replace entries.
+@lru_cache(maxsize=16)
+def window_layout(
+    batch: int, hw: tuple[int, int], window_size: int, shift: int, device: torch.device
+) -> WindowLayout:
+    """Lay out windows as Swin does: pad right and bottom, roll by ``-shift``, partition.
+
+    Args:
+        batch: Number of images.
+        hw: Height and width of the maps.
+        window_size: Side of a window, in tokens.
+        shift: Cyclic shift towards the top left, in tokens, 0 <= shift < window_size.
+        device: Where the index tensors are put.
+    """
+    h, w = hw
+    rows, cols = -(-h // window_size), -(-w // window_size)
+    # A cached tensor must also serve training after it was made under inference mode.
+    with torch.inference_mode(False):
+        map_HW = torch.full((rows * window_size, cols * window_size), -1, device=device)
+        map_HW[:h, :w] = torch.arange(h * w, device=device).view(h, w)
+        map_HW = map_HW.roll((-shift, -shift), (0, 1))
+        slots_LT = map_HW.view(rows, window_size, cols, window_size).transpose(1, 2)
+        slots_LT = slots_LT.reshape(rows * cols, window_size**2)
+        image_B11 = torch.arange(batch, device=device).view(batch, 1, 1)
+        tokens = torch.where(slots_LT < 0, batch * h * w, slots_LT + image_B11 * (h * w))
+        slots = torch.empty(batch * h * w + 1, dtype=torch.int64, device=device)
+        slots[tokens.flatten()] = torch.arange(tokens.numel(), device=device)
+    padded = tokens.numel() > batch * h * w
+    return WindowLayout(tokens, slots[:-1].view(batch, h * w), (rows, cols), padded)
+
+
+@lru_cache(maxsize=16)
+def head_rows(
+    batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Spell a window layout out for every attention head.
+
+    Returns:
+        The rows that turn a ``(B * N [+ 1], 3, heads)`` table of head vectors into queries, keys
+        and values of shape (3, B, L, heads, T), flattened; and those that turn a (B, L, heads, T)
+        table of results into (B, N, heads), flattened. Both int64.
+    """
+    layout = window_layout(batch, hw, window_size, shift, device)
+    t = window_size**2
+    with torch.inference_mode(False):
+        head_H1 = torch.arange(heads, device=device).view(heads, 1)
+        part_3 = torch.arange(3, device=device).view(3, 1, 1, 1, 1)
+        qkv_rows = (layout.tokens[:, :, None] * 3 + part_3) * heads + head_H1
+        window, slot = layout.slots // t, layout.slots % t
+        out_rows = (window[..., None] * heads + head_H1[:, 0]) * t + slot[..., None]
+    return qkv_rows.flatten(), out_rows.flatten()
+
+
+@lru_cache(maxsize=16)
+def shift_mask(grid: tuple[int, int], window_size: int, shift: int, device: torch.device) -> Tensor:
+    """Attention mask that keeps regions apart which the cyclic shift brought into one window.
+
+    Returns:
+        (rows, cols, 1, T, T) float32, 0 within a region and -100 across regions, as Swin's; it
+        differs from 0 in the last row and the last column of windows only.
+    """
+    with torch.inference_mode(False):
+        region = []
+        for count in grid:
+            coords = torch.arange(count * window_size, device=device)
+            end = count * window_size
+            region.append((coords >= end - window_size).long() + (coords >= end - shift).long())
+        ids = region[0][:, None] * 3 + region[1]
+        ids = ids.view(grid[0], window_size, grid[1], window_size).transpose(1, 2)
+        ids = ids.reshape(*grid, 1, window_size**2)
+        across = ids[..., :, None] != ids[..., None, :]
+        return across.float() * -100.0
+
+
+def relative_position_index(window_size: int) -> Tensor:
+    """Row of the bias table for each pair of tokens of a window, (T, T) int64 (Swin, sec. 3.2)."""
+    side = torch.arange(window_size)
+    y, x = (c.flatten() for c in torch.meshgrid(side, side, indexing='ij'))
+    dy = y[:, None] - y + window_size - 1
+    dx = x[:, None] - x + window_size - 1
+    return dy * (2 * window_size - 1) + dx
