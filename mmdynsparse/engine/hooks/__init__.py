@@ -1,0 +1,5 @@
+"""Hooks for mmengine's runner."""
+
+from .sparsity_hook import SparsityHook
+
+__all__ = ['SparsityHook']

@@ -1,0 +1,220 @@
+"""Ratio loss and measured keep rates of sparse backbones."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from ...models.backbones import SparseBackbone
+from ...ops import Decision
+from ...registry import HOOKS
+
+
+@HOOKS.register_module()
+class SparsityHook(Hook):
+    """Train a sparse backbone towards its keep ratios and log what it keeps.
+
+    In training the model's loss dict gains ``loss_keep_ratio`` and the measured rates
+    ``keep_rate_I``, so they pass through AMP, gradient accumulation, DDP, the message hub and the
+    visualizer like every other entry. In validation and test the mean rates over all images are
+    logged as ``val/keep_rate_I`` and ``test/keep_rate_I``. A predictor that keeps (nearly) nothing
+    or everything against its target is warned of.
+
+    Args:
+        weight: Weight of the ratio loss, >= 0. Defaults to 10, the published one for Swin.
+        per_image: Whether every image shall meet the ratio, or only the mean of a batch. Defaults
+            to True.
+        warmup_iters: Iterations in which the weight rises linearly from 0. Defaults to 0.
+        check_interval: Iterations between checks for collapse. Defaults to 50.
+
+    Raises:
+        ValueError: If an argument is outside its range, or, before the first iteration, the model
+            has no sparse backbone.
+    """
+
+    def __init__(
+        self,
+        weight: float = 10.0,
+        per_image: bool = True,
+        warmup_iters: int = 0,
+        check_interval: int = 50,
+    ) -> None:
+        _check_at_least('weight', weight, 0)
+        _check_at_least('warmup_iters', warmup_iters, 0)
+        _check_at_least('check_interval', check_interval, 1)
+        self.weight = weight
+        self.per_image = per_image
+        self.warmup_iters = warmup_iters
+        self.check_interval = check_interval
+
+    def before_run(self, runner: Runner) -> None:
+        """Find the sparse backbones and start to measure all their forwards."""
+        self._model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._backbones = [m for m in self._model.modules() if isinstance(m, SparseBackbone)]
+        if not self._backbones:
+            raise ValueError(
+                'SparsityHook needs a model with a sparse backbone, for example type='
+                f"'mmdynsparse.SparseSwinTransformer', got {type(self._model).__name__} without one"
+            )
+        self._meter = KeepRateMeter(self._backbones)
+
+    def before_train(self, runner: Runner) -> None:
+        """Add the ratio loss to what the model's forward returns in loss mode."""
+
+        def add_losses(module: nn.Module, args: tuple, kwargs: dict, losses: dict) -> dict | None:
+            if kwargs.get('mode') != 'loss':
+                return None
+            decisions = [d for b in self._backbones for d in b.decisions]
+            warmup = min(1.0, (runner.iter + 1) / max(self.warmup_iters, 1))
+            return losses | sparsity_losses(decisions, self.weight * warmup, self.per_image)
+
+        self._handle = self._model.register_forward_hook(add_losses, with_kwargs=True)
+        for backbone in self._backbones:
+            backbone.has_ratio_loss = True
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
+    ) -> None:
+        """Check the mean rates of the last iterations for collapse."""
+        if self.every_n_train_iters(runner, self.check_interval):
+            rates = self._meter.pop()
+            if runner.iter >= self.warmup_iters:
+                self._warn_of_collapse(rates, f'in training up to iteration {runner.iter + 1}')
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave the model as it was."""
+        self._handle.remove()
+        for backbone in self._backbones:
+            backbone.has_ratio_loss = False
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Forget what was measured before."""
+        self._meter.reset()
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Forget what was measured before."""
+        self._meter.reset()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Log the keep rates of the validation."""
+        self._log_rates(runner, 'val')
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Log the keep rates of the test."""
+        self._log_rates(runner, 'test')
+
+    def after_run(self, runner: Runner) -> None:
+        """Stop measuring."""
+        self._meter.close()
+
+    def _log_rates(self, runner: Runner, mode: str) -> None:
+        rates = self._meter.pop()
+        for i, rate in enumerate(rates):
+            runner.message_hub.update_scalar(f'{mode}/keep_rate_{i}', rate)
+        self._warn_of_collapse(rates, f'in {mode}')
+
+    def _warn_of_collapse(self, rates: Sequence[float], when: str) -> None:
+        targets = [r for b in self._backbones for r in b.keep_ratios]
+        for i, (rate, target) in enumerate(zip(rates, targets, strict=True)):
+            what = collapse(rate, target)
+            if what:
+                print_log(
+                    f'Predictor {i} keeps {what} ({rate:.3f} of the locations {when}, target '
+                    f'{target}): raise the weight of SparsityHook or the learning rate of the '
+                    'predictors.',
+                    logger='current',
+                    level=logging.WARNING,
+                )
+
+
+class KeepRateMeter:
+    """Mean keep rate of each predictor over the images of all forwards since the last ``pop``.
+
+    Args:
+        backbones: The sparse backbones to watch, their predictors numbered through.
+    """
+
+    def __init__(self, backbones: Sequence[SparseBackbone]) -> None:
+        self._backbones = backbones
+        self._handles = [b.register_forward_hook(self._add) for b in backbones]
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew."""
+        self._sums: dict[SparseBackbone, Tensor | float] = dict.fromkeys(self._backbones, 0.0)
+        self._images = dict.fromkeys(self._backbones, 0)
+
+    def _add(self, backbone: SparseBackbone, args: tuple, outputs: tuple) -> None:
+        if backbone.decisions:
+            rates = [d.mask.detach().mean() for d in backbone.decisions]
+            images = len(backbone.decisions[0].mask)
+            self._sums[backbone] = self._sums[backbone] + images * torch.stack(rates)
+            self._images[backbone] += images
+
+    def pop(self) -> list[float]:
+        """Return the means over all processes, NaN without a forward, and start anew."""
+        means = []
+        for backbone, total in self._sums.items():
+            sums = torch.zeros(len(backbone.keep_ratios), device=_device(backbone)) + total
+            packed = torch.cat((sums, sums.new_tensor([self._images[backbone]])))
+            all_reduce(packed)
+            means += (packed[:-1] / packed[-1]).tolist()
+        self.reset()
+        return means
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def sparsity_losses(
+    decisions: Sequence[Decision], weight: float, per_image: bool = True
+) -> dict[str, Tensor]:
+    """Ratio loss and measured keep rates of the decisions of one training forward.
+
+    ``loss_keep_ratio`` is ``weight * mean_i((mean(mask_i) - ratio_i) ** 2)`` over predictors i,
+    the inner mean taken for each image (and the squares averaged) or over the batch
+    (Rao et al., T-PAMI 2023, section 3.4).
+
+    Args:
+        decisions: Decisions with masks (B, N).
+        weight: Weight of the loss.
+        per_image: See above. Defaults to True.
+
+    Returns:
+        Scalars 'loss_keep_ratio' and, for each predictor, 'keep_rate_I'; nothing without decisions.
+    """
+    if not decisions:
+        return {}
+    dims = 1 if per_image else (0, 1)
+    errors = [(d.mask.mean(dims) - d.ratio).square().mean() for d in decisions]
+    rates = {f'keep_rate_{i}': d.mask.detach().mean() for i, d in enumerate(decisions)}
+    return {'loss_keep_ratio': weight * torch.stack(errors).mean(), **rates}
+
+
+def collapse(rate: float, target: float) -> str:
+    """Return 'nothing' or 'everything' for a rate next to it against its target, else ''.
+
+    Next to it is within a tenth of the share that the target would keep, or drop.
+    """
+    if rate < 0.1 * target:
+        return 'nothing'
+    if 1 - rate < 0.1 * (1 - target):
+        return 'everything'
+    return ''
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _check_at_least(name: str, value: float, low: int) -> None:
+    if not value >= low:
+        raise ValueError(f'{name} must be at least {low}, got {value!r}')

@@ -1,0 +1,43 @@
+"""Fixtures that several test folders share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# A Swin small enough for unit tests that still has the published depths.
+TINY_SWIN = dict(embed_dims=24, depths=(2, 2, 6, 2), num_heads=(2, 3, 6, 6))
+
+
+@pytest.fixture(scope='session')
+def recorded() -> Path:
+    """Folder with recorded reference outputs, real data and dense checkpoints."""
+    folder = os.environ.get('MMDYNSPARSE_SHARED')
+    if not folder:
+        pytest.skip('MMDYNSPARSE_SHARED does not name the folder of recorded data')
+    return Path(folder)
+
+
+@pytest.fixture
+def tiny_swin() -> dict:
+    """Arguments of a small Swin for our class and for those of mmseg and mmdet."""
+    return dict(TINY_SWIN)
+
+
+@pytest.fixture
+def randomize():
+    """Function that gives all parameters of a module random values of a useful size."""
+
+    def fill(module: torch.nn.Module, std: float = 0.2, seed: int = 0) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        for p in module.parameters():
+            p.data.normal_(0, std, generator=generator)
+        return module
+
+    return fill
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,39 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmdynsparse.layers import LinearFastPath, LocalGlobalPredictor
+
+
+def published(p, x):
+    """Compute the published formula on the concatenation of local half and mean."""
+    x = F.gelu(p.fc_in(p.norm(x)))
+    half = x.shape[-1] // 2
+    mean = x[..., half:].mean(1, keepdim=True).expand(-1, x.shape[1], -1)
+    x = torch.cat((x[..., :half], mean), -1)
+    return p.fc3(F.gelu(p.fc2(F.gelu(p.fc1(x))))).log_softmax(-1)
+
+
+@pytest.mark.parametrize('dims', [4, 7, 24])
+def test_predictor_follows_the_formula(dims):
+    predictor = LocalGlobalPredictor(dims)
+    x = torch.randn(2, 15, dims)
+    out = predictor(x)
+    torch.testing.assert_close(out, published(predictor, x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.exp().sum(-1), torch.ones(2, 15))
+
+
+def test_log_softmax_is_float32_under_autocast():
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert LocalGlobalPredictor(8)(torch.randn(1, 4, 8)).dtype == torch.float32
+
+
+def test_too_few_channels():
+    with pytest.raises(ValueError, match='embed_dims must be at least 4, got 3'):
+        LocalGlobalPredictor(3)
+
+
+def test_fast_path():
+    path = LinearFastPath(6)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(path(x), path.fc(F.layer_norm(x, (6,))))

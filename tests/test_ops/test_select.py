@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from mmdynsparse.ops import (
+    SELECTORS,
+    Decision,
+    keep_all,
+    sample_decision,
+    select_decision,
+    with_positions,
+)
+
+
+def log_probs(b=2, n=50):
+    return torch.randn(b, n, 2).log_softmax(-1)
+
+
+@pytest.mark.parametrize('ratio, kept', [(0.7, 35), (0.5, 25), (0.01, 0), (0.999, 49)])
+def test_topk_keeps_the_best_scored(ratio, kept):
+    scores = log_probs()
+    decision = select_decision(scores, (5, 10), ratio)
+    best = scores[..., 0].argsort(dim=1, descending=True)[:, :kept]
+    expected = torch.zeros(2, 50).scatter_(1, best, 1)
+    assert torch.equal(decision.mask, expected)
+    assert decision.ratio == ratio and decision.hw == (5, 10)
+
+
+def test_topk_keeps_a_fixed_number_of_equal_scores():
+    decision = select_decision(torch.zeros(3, 10, 2), (2, 5), 0.5)
+    assert decision.mask.sum(1).tolist() == [5, 5, 5]
+    assert sorted(torch.cat((decision.kept, decision.dropped)).tolist()) == list(range(30))
+
+
+def test_threshold_follows_the_probability():
+    probs = torch.tensor([[0.9, 0.4, 0.6, 0.1]])
+    scores = torch.stack((probs, 1 - probs), -1).log()
+    assert select_decision(scores, (2, 2), 0.5, 'threshold').mask.tolist() == [[1, 0, 1, 0]]
+
+
+def test_mass_keeps_the_fewest_that_hold_the_share():
+    probs = torch.tensor([[0.1, 0.5, 0.3, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    scores = torch.stack((probs, 1 - probs), -1).log()
+    mask = select_decision(scores, (2, 2), 0.7, 'mass').mask
+    assert mask[0].tolist() == [0, 1, 1, 0]
+    assert mask[1].sum() == 3
+
+
+@pytest.mark.parametrize('selector', SELECTORS)
+def test_positions_are_the_sorted_mask(selector):
+    decision = select_decision(log_probs(3, 40), (5, 8), 0.6, selector)
+    mask = decision.mask.flatten().bool()
+    assert torch.equal(decision.kept, mask.nonzero().squeeze(1))
+    assert torch.equal(decision.dropped, (~mask).nonzero().squeeze(1))
+
+
+def test_masked_execution_needs_no_positions():
+    decision = select_decision(log_probs(), (5, 10), 0.5, gather=False)
+    assert decision.kept is None and decision.dropped is None
+
+
+@pytest.mark.parametrize('mask', [[[0.0, 0.0]], [[1.0, 1.0]], [[1.0, 0.0]]])
+def test_positions_of_nothing_and_everything(mask):
+    decision = Decision(torch.tensor(mask), torch.zeros(1, 2), (1, 2), 0.5)
+    counted, static = with_positions(decision), with_positions(decision, int(sum(mask[0])))
+    assert torch.equal(counted.kept, static.kept)
+    assert torch.equal(counted.dropped, static.dropped)
+
+
+@pytest.mark.parametrize('selector', SELECTORS)
+def test_nan_scores_are_refused(selector):
+    scores = log_probs()
+    scores[1, 3] = float('nan')
+    with pytest.raises(ValueError, match='NaN'):
+        select_decision(scores, (5, 10), 0.5, selector)
+
+
+def test_sampled_mask_is_hard_and_has_a_gradient():
+    logits = torch.randn(4, 30, 2, requires_grad=True)
+    mask = sample_decision(logits.log_softmax(-1), (5, 6), 0.5).mask
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    (mask * torch.randn_like(mask)).sum().backward()
+    assert logits.grad.abs().min() > 0
+
+
+def test_sampling_follows_the_probability():
+    scores = torch.tensor([0.8, 0.2]).log().expand(1, 20000, 2)
+    assert sample_decision(scores, (100, 200), 0.5).mask.mean().item() == pytest.approx(
+        0.8, abs=0.01
+    )
+
+
+def test_ratio_one_samples_everything_with_a_gradient():
+    logits = torch.randn(2, 30, 2, requires_grad=True)
+    mask = sample_decision(logits.log_softmax(-1), (5, 6), 1.0).mask
+    assert torch.equal(mask, torch.ones(2, 30))
+    mask.sum().backward()
+    assert logits.grad.abs().min() > 0
+
+
+def test_sampling_is_float32_for_half_scores():
+    decision = sample_decision(log_probs().bfloat16(), (5, 10), 0.5)
+    assert decision.mask.dtype == decision.scores.dtype == torch.float32
+
+
+def test_keep_all():
+    decision = keep_all(torch.zeros(2, 6, 4), (2, 3))
+    assert decision.keeps_all and decision.mask.shape == (2, 6) and decision.mask.min() == 1

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch import nn
+
+from mmdynsparse.ops import Decision, two_paths
+
+B, N, C = 3, 20, 8
+
+
+def decision_of(counts):
+    """Random decision that keeps the given number of locations in each image."""
+    mask = torch.zeros(len(counts), N)
+    for row, count in zip(mask, counts, strict=True):
+        row[torch.randperm(N)[:count]] = 1
+    return Decision(mask, torch.zeros_like(mask), (4, 5), 0.5)
+
+
+@pytest.fixture
+def paths():
+    slow = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
+    return slow, nn.Linear(C, C)
+
+
+@pytest.mark.parametrize('counts', [(7, 7, 7), (0, 20, 5), (0, 0, 0), (20, 20, 20), (1, 19, 0)])
+@pytest.mark.parametrize('with_fast', [True, False])
+def test_masked_equals_gathered(paths, counts, with_fast):
+    slow, fast = paths[0], paths[1] if with_fast else None
+    x, decision = torch.randn(B, N, C), decision_of(counts)
+    masked = two_paths(x, slow, fast, decision, gather=False)
+    gathered = two_paths(x, slow, fast, decision, gather=True)
+    torch.testing.assert_close(masked, gathered, atol=1e-6, rtol=0)
+
+
+def test_each_location_takes_its_path():
+    x, decision = torch.ones(B, N, C), decision_of((3, 0, 20))
+    for gather in (False, True):
+        out = two_paths(x, lambda t: t * 2, lambda t: t * 5, decision, gather)
+        expected = torch.where(decision.mask.bool(), 2.0, 5.0)
+        assert torch.equal(out, expected[..., None].expand(B, N, C))
+
+
+def test_gathered_computes_each_location_once(paths):
+    seen = []
+
+    def slow(x):
+        seen.append(len(x))
+        return x
+
+    def fast(x):
+        seen.append(len(x))
+        return x
+
+    two_paths(torch.randn(B, N, C), slow, fast, decision_of((3, 0, 20)), gather=True)
+    assert seen == [23, 37]
+
+
+def test_gradients_of_both_executions_agree(paths):
+    slow, fast = paths
+    x, decision = torch.randn(B, N, C), decision_of((3, 10, 20))
+    grads = []
+    for gather in (False, True):
+        two_paths(x, slow, fast, decision, gather).square().sum().backward()
+        grads.append([p.grad.clone() for p in (*slow.parameters(), *fast.parameters())])
+        slow.zero_grad(), fast.zero_grad()
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_mask_gradient_is_the_gain_of_the_slow_path(paths):
+    slow, fast = paths
+    x, decision = torch.randn(B, N, C), decision_of((3, 10, 20))
+    mask = decision.mask.requires_grad_()
+    two_paths(x, slow, fast, decision, gather=False).sum().backward()
+    torch.testing.assert_close(mask.grad, (slow(x) - fast(x)).sum(-1), atol=1e-5, rtol=1e-5)

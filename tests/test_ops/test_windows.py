@@ -1,0 +1,66 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmdynsparse.ops import head_rows, relative_position_index, shift_mask, window_layout
+
+CPU = torch.device('cpu')
+SHAPES = [((14, 14), 7, 0), ((14, 21), 7, 3), ((9, 16), 7, 3), ((1, 1), 7, 3), ((3, 30), 4, 2)]
+
+
+def windows_by_copies(x_BHWC, size, shift):
+    """Pad, roll and partition a map step by step, as the Swin paper describes it."""
+    _, h, w, c = x_BHWC.shape
+    x = F.pad(x_BHWC, (0, 0, 0, -w % size, 0, -h % size)).roll((-shift, -shift), (1, 2))
+    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
+    return x.reshape(len(x), -1, size * size, c)
+
+
+@pytest.mark.parametrize('hw, size, shift', SHAPES)
+def test_layout_equals_pad_roll_partition(hw, size, shift):
+    b, c = 2, 5
+    x = torch.randn(b, *hw, c)
+    layout = window_layout(b, hw, size, shift, CPU)
+    padded = torch.cat((x.reshape(-1, c), torch.zeros(1, c)))
+    windows = padded[layout.tokens]
+    assert torch.equal(windows, windows_by_copies(x, size, shift))
+    assert torch.equal(windows.reshape(-1, c)[layout.slots].view_as(x), x)
+    assert layout.padded == bool(hw[0] % size or hw[1] % size)
+
+
+@pytest.mark.parametrize('hw, size, shift', SHAPES)
+def test_head_rows_spell_the_layout_out(hw, size, shift):
+    b, heads, d = 2, 3, 4
+    n = b * hw[0] * hw[1]
+    layout = window_layout(b, hw, size, shift, CPU)
+    qkv_rows, out_rows = head_rows(b, hw, size, shift, heads, CPU)
+    table = torch.randn(n + 1, 3, heads, d)
+    qkv = table.view(-1, d)[qkv_rows].view(3, *layout.tokens.shape[:2], heads, size * size, d)
+    assert torch.equal(qkv, table[layout.tokens].permute(3, 0, 1, 4, 2, 5))
+    back = qkv[0].reshape(-1, d)[out_rows].view(n, heads, d)
+    assert torch.equal(back, table[:n, 0])
+
+
+def test_layout_made_under_inference_mode_serves_training():
+    with torch.inference_mode():
+        layout = window_layout(1, (5, 6), 4, 2, CPU)
+        rows, _ = head_rows(1, (5, 6), 4, 2, 2, CPU)
+        mask = shift_mask((2, 2), 4, 2, CPU)
+    assert not any(t.is_inference() for t in (layout.tokens, layout.slots, rows, mask))
+
+
+def test_shift_mask_separates_what_the_roll_joined():
+    mask = shift_mask((3, 3), 4, 2, CPU)
+    assert mask.shape == (3, 3, 1, 16, 16)
+    assert mask[:-1, :-1].abs().max() == 0
+    corner = mask[-1, -1, 0] == 0
+    quadrant = torch.tensor([(i // 4 // 2) * 2 + i % 4 // 2 for i in range(16)])
+    assert torch.equal(corner, quadrant[:, None] == quadrant)
+
+
+def test_relative_position_index_is_the_offset():
+    index = relative_position_index(3)
+    for i in range(9):
+        for j in range(9):
+            dy, dx = i // 3 - j // 3, i % 3 - j % 3
+            assert index[i, j] == (dy + 2) * 5 + dx + 2
