@@ -65,7 +65,10 @@ class WindowMSA(BaseModule):
         attn = (q * self.scale) @ k.transpose(-2, -1)
         attn = attn + bias_TTh.permute(2, 0, 1)
         if mask is not None:
-            attn = attn + mask.flatten(0, 1)
+            # Only windows of the last row and the last column hold more than one region.
+            grid = attn.unflatten(1, mask.shape[:2])
+            grid[:, -1] += mask[-1]
+            grid[:, :-1, -1] += mask[:-1, -1]
         return self.attn_drop(attn.softmax(-1)) @ v
 
 

@@ -1,0 +1,220 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.logging import MessageHub
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from mmdynsparse.engine import SparsityHook
+from mmdynsparse.engine.hooks.sparsity_hook import KeepRateMeter, collapse, sparsity_losses
+from mmdynsparse.models import SparseSwinTransformer
+from mmdynsparse.ops import Decision
+
+
+class Model(BaseModel):
+    """The smallest model with a sparse backbone: it learns the mean brightness."""
+
+    def __init__(self, **sparsity):
+        super().__init__()
+        self.backbone = SparseSwinTransformer(
+            embed_dims=8,
+            depths=(1, 1, 3, 1),
+            num_heads=(1, 2, 2, 2),
+            drop_path_rate=0.0,
+            sparsity=dict(keep_ratio=0.7, locations={2: (0, 1, 2)}, **sparsity),
+        )
+
+    def forward(self, inputs, mode='tensor'):
+        error = self.backbone(inputs)[-1].mean((1, 2, 3)) - inputs.mean((1, 2, 3))
+        return dict(loss_task=error.square().mean()) if mode == 'loss' else error
+
+
+class Mean:
+    """Evaluator that any model passes."""
+
+    dataset_meta = None
+
+    def process(self, data_samples, data_batch=None):
+        pass
+
+    def evaluate(self, size):
+        return dict(size=size)
+
+
+def run(tmp_path, iters=4, hook=None, model=None, resume=False, backend='LocalVisBackend'):
+    images = [torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+
+    def loader(shuffle=False):
+        return DataLoader(
+            images, 2, shuffle=shuffle, collate_fn=lambda b: dict(inputs=torch.stack(b))
+        )
+
+    torch.manual_seed(0)
+    runner = Runner(
+        model or Model(),
+        str(tmp_path),
+        train_dataloader=loader(),
+        val_dataloader=loader(),
+        test_dataloader=loader(),
+        optim_wrapper=dict(optimizer=dict(type='Adam', lr=0.002)),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=iters, val_interval=iters),
+        val_cfg={},
+        test_cfg={},
+        val_evaluator=Mean(),
+        test_evaluator=Mean(),
+        default_hooks=dict(
+            logger=dict(type='LoggerHook', interval=1),
+            checkpoint=dict(type='CheckpointHook', interval=2, by_epoch=False),
+        ),
+        log_processor=dict(window_size=1, by_epoch=False),
+        visualizer=dict(type='Visualizer', vis_backends=[dict(type=backend)]),
+        custom_hooks=[hook or dict(type='mmdynsparse.SparsityHook')],
+        randomness=dict(seed=0),
+        resume=resume,
+        experiment_name=f'{tmp_path}_{iters}_{resume}'.replace('/', '_'),
+    )
+    runner.train()
+    return runner
+
+
+def scalars(runner):
+    """Lines of the training log as dicts."""
+    path = next(Path(runner.log_dir).glob('vis_data/scalars.json'))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def decision(rates, ratio, n=20):
+    mask = torch.stack([(torch.arange(n) < round(r * n)).float() for r in rates])
+    return Decision(mask, torch.zeros_like(mask), (4, 5), ratio)
+
+
+def test_loss_per_image_and_per_batch():
+    decisions = [decision((0.6, 0.8), 0.7), decision((0.5, 0.5), 0.3)]
+    losses = sparsity_losses(decisions, weight=10)
+    assert losses['loss_keep_ratio'].item() == pytest.approx(10 * (0.01 + 0.04) / 2)
+    assert losses['keep_rate_0'].item() == pytest.approx(0.7)
+    batch = sparsity_losses(decisions, weight=10, per_image=False)
+    assert batch['loss_keep_ratio'].item() == pytest.approx(10 * (0.0 + 0.04) / 2, abs=1e-6)
+    assert sparsity_losses([], weight=10) == {}
+
+
+def test_training_logs_losses_and_rates(tmp_path):
+    runner = run(tmp_path)
+    train = [line for line in scalars(runner) if 'loss' in line]
+    assert len(train) == 4
+    for line in train:
+        assert line['loss'] == pytest.approx(line['loss_task'] + line['loss_keep_ratio'], rel=1e-4)
+        assert all(0 <= line[f'keep_rate_{i}'] <= 1 for i in range(3))
+    backbone = runner.model.backbone
+    assert not backbone.has_ratio_loss and not runner.model._forward_hooks
+
+
+def test_validation_and_test_log_the_measured_rates(tmp_path):
+    runner = run(tmp_path)
+    runner.test()
+    # 64 x 64 px give 16 locations in the third stage.
+    expected = [int(16 * r) / 16 for r in (0.7, 0.5, 0.3)]
+    hub = MessageHub.get_instance(runner.experiment_name)
+    for mode in ('val', 'test'):
+        logged = [hub.get_scalar(f'{mode}/keep_rate_{i}').current() for i in range(3)]
+        assert logged == pytest.approx(expected)
+    assert any('keep_rate_2' in line and 'loss' not in line for line in scalars(runner))
+
+
+def test_tensorboard_gets_the_rates(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runner = run(tmp_path, backend='TensorboardVisBackend')
+    events = EventAccumulator(str(Path(runner.log_dir) / 'vis_data'))
+    events.Reload()
+    assert {'keep_rate_0', 'loss_keep_ratio', 'val/keep_rate_0'} <= set(events.Tags()['scalars'])
+
+
+def test_the_keep_rate_reaches_its_target(tmp_path):
+    runner = run(tmp_path, iters=150, hook=dict(type='mmdynsparse.SparsityHook', weight=10.0))
+    last = [line for line in scalars(runner) if 'loss' in line][-30:]
+    for i, target in enumerate((0.7, 0.5, 0.3)):
+        mean = sum(line[f'keep_rate_{i}'] for line in last) / len(last)
+        assert mean == pytest.approx(target, abs=0.05)
+
+
+def test_warmup_raises_the_weight(tmp_path):
+    hook = SparsityHook(weight=8, warmup_iters=4)
+    train = [line for line in scalars(run(tmp_path, hook=hook)) if 'loss' in line]
+    for i, line in enumerate(train):
+        errors = [(line[f'keep_rate_{j}'] - r) ** 2 for j, r in enumerate((0.7, 0.5, 0.3))]
+        # Images differ, so the loss per image is at least that of the batch's mean.
+        assert line['loss_keep_ratio'] >= 8 * (i + 1) / 4 * sum(errors) / 3 - 1e-6
+
+
+def test_collapse_is_warned_of(tmp_path, monkeypatch):
+    messages = []
+    target = 'mmdynsparse.engine.hooks.sparsity_hook.print_log'
+    monkeypatch.setattr(target, lambda text, level, **kwargs: messages.append((level, text)))
+    model = Model()
+    for predictor, bias in zip(
+        model.backbone.stages[2].predictors, ((-30, 30), (30, -30)), strict=False
+    ):
+        predictor.fc3.bias.data = torch.tensor(bias, dtype=torch.float)
+    run(tmp_path, model=model, hook=SparsityHook(weight=0, check_interval=2), iters=2)
+    texts = [text for level, text in messages if level == logging.WARNING]
+    assert any('Predictor 0 keeps nothing' in t and 'target 0.7' in t for t in texts)
+    assert any('Predictor 1 keeps everything' in t for t in texts)
+    assert not any('Predictor 2' in t for t in texts)
+
+
+@pytest.mark.parametrize(
+    'rate, target, expected',
+    [
+        (0.05, 0.7, 'nothing'),
+        (0.98, 0.7, 'everything'),
+        (0.7, 0.7, ''),
+        (1.0, 1.0, ''),
+        (0.95, 0.9, ''),
+        (float('nan'), 0.5, ''),
+    ],
+)
+def test_collapse(rate, target, expected):
+    assert collapse(rate, target) == expected
+
+
+def test_meter_averages_over_images_of_all_forwards():
+    model = Model(selector='threshold').backbone.eval()
+    meter = KeepRateMeter([model])
+    rates = []
+    with torch.no_grad():
+        for batch in (1, 3):
+            model(torch.randn(batch, 3, 64, 64))
+            rates += [
+                torch.stack([d.mask[i].mean() for d in model.decisions]) for i in range(batch)
+            ]
+    assert meter.pop() == pytest.approx(torch.stack(rates).mean(0).tolist())
+    assert all(r != r for r in meter.pop())
+
+
+def test_bad_arguments(tmp_path):
+    for name, value in (('weight', -1), ('warmup_iters', -3), ('check_interval', 0)):
+        with pytest.raises(ValueError, match=f'{name} must be at least .*got {value}'):
+            SparsityHook(**{name: value})
+
+
+def test_model_without_sparse_backbone_is_refused(tmp_path):
+    model = Model()
+    model.backbone = torch.nn.Conv2d(3, 1, 3)
+    with pytest.raises(ValueError, match='needs a model with a sparse backbone'):
+        run(tmp_path, model=model)
+
+
+def test_resume_continues_the_loss_curve(tmp_path):
+    full = [line for line in scalars(run(tmp_path / 'full', iters=6)) if 'loss' in line]
+    run(tmp_path / 'halves', iters=4)
+    rest = run(tmp_path / 'halves', iters=6, resume=True)
+    resumed = [line for line in scalars(rest) if 'loss' in line]
+    assert [line['step'] for line in resumed] == [5, 6]
+    for a, b in zip(full[4:], resumed, strict=True):
+        assert a['loss_task'] == pytest.approx(b['loss_task'], rel=1e-4)

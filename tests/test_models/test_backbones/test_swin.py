@@ -1,0 +1,296 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+from mmdynsparse.models import SparseSwinTransformer
+from mmdynsparse.ops import SELECTORS
+
+SIZES = [(224, 224), (257, 383), (64, 999), (30, 30), (4, 4), (1, 5)]
+SPARSE = dict(keep_ratio=0.7)
+
+
+def original(package, **kwargs):
+    """Build the dense original of mmseg or mmdet in eval mode."""
+    backbones = pytest.importorskip(f'{package}.models.backbones')
+    model = backbones.SwinTransformer(**kwargs)
+    model.train(False)
+    return model
+
+
+def sparse(tiny_swin, randomize, **kwargs):
+    model = SparseSwinTransformer(**{**tiny_swin, 'sparsity': SPARSE, **kwargs})
+    return randomize(model).eval()
+
+
+def max_diff(a, b):
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+# --- everything kept: the dense original ---------------------------------------------------------
+
+
+@pytest.mark.parametrize('package', ['mmseg', 'mmdet'])
+@pytest.mark.parametrize('size', SIZES)
+def test_keep_all_equals_the_original(package, size, tiny_swin, randomize):
+    dense = randomize(original(package, **tiny_swin))
+    ours = SparseSwinTransformer(**tiny_swin, sparsity=dict(keep_ratio=1.0)).eval()
+    keys = ours.load_state_dict(dense.state_dict(), strict=False)
+    assert not keys.unexpected_keys
+    assert all('predictors' in k or 'fast_path' in k for k in keys.missing_keys)
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        for execution in ('gather', 'masked'):
+            ours.execution = execution
+            assert max_diff(dense(x), ours(x)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(patch_norm=False, qkv_bias=False, qk_scale=0.3),
+        dict(window_size=4, mlp_ratio=2.5, norm_cfg=dict(type='LN', eps=1e-3)),
+        dict(act_cfg=dict(type='ReLU'), strides=(4, 2, 1, 2), out_indices=(1, 3)),
+        dict(patch_size=2, strides=(2, 2, 2, 2), in_channels=1),
+    ],
+)
+def test_arguments_mean_what_they_mean_in_mmseg(kwargs, tiny_swin, randomize):
+    dense = randomize(original('mmseg', **tiny_swin, **kwargs))
+    ours = SparseSwinTransformer(**tiny_swin, **kwargs, sparsity=dict(keep_ratio=1.0)).eval()
+    assert not ours.load_state_dict(dense.state_dict(), strict=False).unexpected_keys
+    x = torch.randn(1, kwargs.get('in_channels', 3), 65, 100)
+    with torch.no_grad():
+        assert max_diff(dense(x), ours(x)) <= 1e-5
+
+
+def test_training_at_ratio_one_is_dense_too(tiny_swin, randomize):
+    kwargs = dict(tiny_swin, drop_path_rate=0.0)
+    dense = randomize(original('mmseg', **kwargs))
+    ours = SparseSwinTransformer(**kwargs, sparsity=dict(keep_ratio=1.0))
+    ours.load_state_dict(dense.state_dict(), strict=False)
+    x = torch.randn(2, 3, 64, 64)
+    assert max_diff(dense(x), ours.train()(x)) <= 1e-5
+
+
+def test_without_sparsity_the_state_dict_is_the_original(tiny_swin):
+    dense = original('mmdet', **tiny_swin).state_dict()
+    ours = SparseSwinTransformer(**tiny_swin).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in dense.items()}
+
+
+# --- two executions, one meaning -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('selector', SELECTORS)
+@pytest.mark.parametrize(
+    'batch, size', [(1, (64, 999)), (2, (257, 383)), (3, (30, 30)), (2, (4, 4))]
+)
+def test_masked_equals_gathered(batch, size, selector, tiny_swin, randomize):
+    locations = {0: (1,), 2: (1, 2, 3), 3: (0,)}
+    sparsity = dict(keep_ratio=0.7, locations=locations, selector=selector)
+    model = sparse(tiny_swin, randomize, sparsity=sparsity)
+    x = torch.randn(batch, 3, *size)
+    outs, masks = [], []
+    with torch.no_grad():
+        for execution in ('masked', 'gather'):
+            model.execution = execution
+            outs.append(model(x))
+            masks.append([d.mask for d in model.decisions])
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+    assert max_diff(*outs) <= 1e-5
+
+
+@pytest.mark.parametrize('fast_path', [None, dict(type='mmdynsparse.LinearFastPath')])
+@pytest.mark.parametrize('counts', ['none', 'all', 'uneven'])
+def test_masked_equals_gathered_for_any_decision(
+    counts, fast_path, tiny_swin, randomize, monkeypatch
+):
+    def forced(scores, ratio):
+        share = dict(none=[0.0] * 3, all=[1.0] * 3, uneven=[0.0, 0.4, 1.0])[counts]
+        return (torch.linspace(0, 0.999, scores.shape[1]) < torch.tensor(share)[:, None]).float()
+
+    monkeypatch.setitem(SELECTORS, 'mass', forced)
+    sparsity = dict(keep_ratio=0.7, selector='mass', fast_path=fast_path)
+    model = sparse(tiny_swin, randomize, sparsity=sparsity)
+    x = torch.randn(3, 3, 70, 90)
+    outs = []
+    with torch.no_grad():
+        for execution in ('masked', 'gather'):
+            model.execution = execution
+            outs.append(model(x))
+    assert max_diff(*outs) <= 1e-5
+
+
+def test_training_gradients_agree_with_gathered_execution(tiny_swin, randomize):
+    """For one decision the parameters of both paths get the same gradient either way."""
+    model = sparse(tiny_swin, randomize)
+    x = torch.randn(2, 3, 64, 64)
+    grads = []
+    for execution in ('masked', 'gather'):
+        model.execution = execution
+        model.zero_grad()
+        model(x)[-1].square().mean().backward()
+        named = model.stages[2].blocks.named_parameters()
+        grads.append({k: p.grad.clone() for k, p in named})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+# --- decisions and keep ratios --------------------------------------------------------------------
+
+
+def test_decisions_of_the_last_forward(tiny_swin, randomize):
+    model = sparse(tiny_swin, randomize)
+    for size, hw in (((64, 96), (4, 6)), ((224, 224), (14, 14))):
+        model(torch.randn(2, 3, *size))
+        assert [d.hw for d in model.decisions] == [hw] * 3
+        n = hw[0] * hw[1]
+        kept = [d.mask.sum(1).tolist() for d in model.decisions]
+        assert kept == [[int(n * r)] * 2 for r in (0.7, 0.5, 0.3)]
+
+
+def test_keep_ratio_changes_on_the_built_model(tiny_swin, randomize):
+    model = sparse(tiny_swin, randomize)
+    x = torch.randn(1, 3, 160, 160)
+    model.set_keep_ratio(0.9)
+    model(x)
+    assert [d.ratio for d in model.decisions] == [0.9, 0.7, 0.5]
+    model.set_keep_ratio([0.5, 1.0, 0.1])
+    model(x)
+    assert [d.mask.mean().item() for d in model.decisions] == [0.5, 1.0, pytest.approx(0.1)]
+    for bad in (0, 1.1, [0.5, 0.5], [0.5, 0.5, 2]):
+        with pytest.raises(ValueError, match='keep_ratio'):
+            model.set_keep_ratio(bad)
+    assert model.keep_ratios == [0.5, 1.0, 0.1]
+
+
+def test_dense_model_has_no_keep_ratio(tiny_swin):
+    with pytest.raises(ValueError, match='sparse backbone'):
+        SparseSwinTransformer(**tiny_swin).set_keep_ratio(0.5)
+
+
+def test_execution_is_checked(tiny_swin):
+    with pytest.raises(ValueError, match=r"one of \('auto', 'masked', 'gather'\), got 'sparse'"):
+        SparseSwinTransformer(**tiny_swin).execution = 'sparse'
+
+
+def test_nan_input_is_refused_at_inference(tiny_swin, randomize):
+    model = sparse(tiny_swin, randomize)
+    with pytest.raises(ValueError, match='NaN'):
+        model(torch.full((1, 3, 64, 64), float('nan')))
+
+
+def test_training_without_ratio_loss_warns_once(tiny_swin, monkeypatch):
+    messages = []
+    target = 'mmdynsparse.models.backbones.sparse_backbone.print_log'
+    monkeypatch.setattr(target, lambda text, **kwargs: messages.append(text))
+    model = SparseSwinTransformer(**tiny_swin, sparsity=SPARSE).train()
+    for _ in range(2):
+        model(torch.randn(1, 3, 64, 64))
+    assert len(messages) == 1 and 'SparsityHook' in messages[0]
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('keep_ratio', [0.7, 1.0])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_every_parameter_gets_a_gradient(keep_ratio, with_cp, tiny_swin, randomize):
+    model = sparse(tiny_swin, randomize, sparsity=dict(keep_ratio=keep_ratio), with_cp=with_cp)
+    model.train()
+    sum(out.square().mean() for out in model(torch.randn(2, 3, 96, 96))).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    if keep_ratio < 1:
+        silent = [n for n, p in model.named_parameters() if p.grad.abs().max() == 0]
+        assert silent == []
+
+
+def test_checkpointing_changes_nothing(tiny_swin, randomize):
+    grads = []
+    for with_cp in (False, True):
+        model = sparse(tiny_swin, randomize, with_cp=with_cp, drop_path_rate=0.0).train()
+        torch.manual_seed(1)
+        model(torch.randn(2, 3, 64, 64))[-1].square().mean().backward()
+        grads.append([p.grad for p in model.stages.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize('frozen', [-1, 0, 1, 3])
+def test_frozen_stages(frozen, tiny_swin):
+    model = SparseSwinTransformer(**tiny_swin, sparsity=SPARSE, frozen_stages=frozen)
+    assert model.train() is model
+    parts = [model.patch_embed, *model.stages]
+    for i, part in enumerate(parts):
+        assert part.training == (i > frozen)
+        assert all(p.requires_grad == (i > frozen) for p in part.parameters())
+    out = model(torch.randn(1, 3, 64, 64))[-1]
+    assert out.requires_grad
+    # A frozen stage decides as at inference.
+    kept = model.decisions[0].mask.sum().item()
+    assert (kept == int(16 * 0.7)) or frozen < 3
+
+
+def test_absolute_position_embedding_fits_any_input(tiny_swin, randomize):
+    kwargs = dict(tiny_swin, use_abs_pos_embed=True, pretrain_img_size=64)
+    dense = randomize(original('mmseg', **kwargs))
+    ours = SparseSwinTransformer(**kwargs, sparsity=dict(keep_ratio=1.0)).eval()
+    assert not ours.load_state_dict(dense.state_dict(), strict=False).unexpected_keys
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert max_diff(dense(x), ours(x)) <= 1e-5
+        assert ours(torch.randn(1, 3, 50, 93))[0].shape[-2:] == (13, 24)
+
+
+@pytest.mark.parametrize('out_indices', [(3,), (0, 2), (0, 1, 2, 3)])
+def test_out_indices(out_indices, tiny_swin, randomize):
+    model = sparse(tiny_swin, randomize, out_indices=out_indices)
+    outs = model(torch.randn(1, 3, 64, 96))
+    shapes = [(1, 24 * 2**i, 16 // 2**i, 24 // 2**i) for i in out_indices]
+    assert [tuple(o.shape) for o in outs] == shapes
+
+
+def test_bfloat16(tiny_swin, randomize):
+    model = sparse(tiny_swin, randomize)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert model.bfloat16()(x.bfloat16())[-1].dtype == torch.bfloat16
+    model = model.float().train()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        outs = model(x)
+    assert all(d.mask.dtype == d.scores.dtype == torch.float32 for d in model.decisions)
+    sum(o.float().mean() for o in outs).backward()
+
+
+def test_copies_and_pickles_after_training(tiny_swin, randomize):
+    model = sparse(tiny_swin, randomize)
+    model.train()(torch.randn(1, 3, 64, 64))
+    x = torch.randn(1, 3, 64, 64)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.decisions == []
+        with torch.no_grad():
+            assert max_diff(model.eval()(x), twin.eval()(x)) == 0
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(strides=(2, 2, 2, 2)), r'strides\[0\] must equal patch_size 4, got 2'),
+        (dict(out_indices=(0, 4)), r'out_indices must be in 0 to 3, got \(0, 4\)'),
+        (dict(init_cfg=dict(type='Normal')), 'init_cfg must be'),
+        (dict(sparsity=dict(keep_ratio=2)), 'keep_ratio'),
+        (dict(pretrained=3), 'pretrained must be a str'),
+    ],
+)
+def test_bad_arguments(kwargs, message, tiny_swin):
+    with pytest.raises(ValueError, match=message):
+        SparseSwinTransformer(**{**tiny_swin, **kwargs})
+
+
+def test_registered(tiny_swin):
+    model = MODELS.build(
+        dict(type='mmdynsparse.SparseSwinTransformer', **tiny_swin, sparsity=SPARSE)
+    )
+    assert isinstance(model, SparseSwinTransformer)

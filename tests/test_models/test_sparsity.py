@@ -1,0 +1,66 @@
+import pytest
+from mmengine.config import ConfigDict
+
+from mmdynsparse.models.sparsity import Sparsity, default_locations
+
+DEPTHS = (2, 2, 6, 2)
+
+
+def ratios(**cfg):
+    sparsity = Sparsity.from_cfg(cfg, DEPTHS)
+    return sparsity.resolve(sparsity.keep_ratio)
+
+
+@pytest.mark.parametrize(
+    'depths, expected',
+    [
+        ((2, 2, 6, 2), {2: (1, 2, 3)}),
+        ((2, 2, 18, 2), {2: (2, 4, 6)}),
+        ((3, 3, 27, 3), {2: (3, 6, 9)}),
+        ((2, 1), {1: (0,)}),
+    ],
+)
+def test_default_locations_are_the_published_ones(depths, expected):
+    assert default_locations(depths) == expected
+
+
+def test_schedules():
+    assert ratios(keep_ratio=0.7) == [0.7, 0.5, 0.3]
+    assert ratios(keep_ratio=0.7, schedule='power') == [0.7, 0.49, 0.343]
+    assert ratios(keep_ratio=[0.9, 0.2, 1]) == [0.9, 0.2, 1.0]
+    assert ratios(keep_ratio=1) == ratios(keep_ratio=1.0, schedule='power') == [1.0] * 3
+
+
+def test_the_schedule_starts_anew_in_every_stage():
+    locations = {2: (0, 2), 0: (1,)}
+    assert ratios(keep_ratio=0.6, locations=locations) == [0.6, 0.6, 0.4]
+
+
+def test_config_dicts_and_string_stages():
+    cfg = ConfigDict(keep_ratio=0.5, locations={'2': [1, 3]})
+    assert Sparsity.from_cfg(cfg, DEPTHS).locations == {2: (1, 3)}
+
+
+@pytest.mark.parametrize(
+    'cfg, message',
+    [
+        (dict(keep_ratio=0), r'keep_ratio must be a number in \(0, 1\], got 0'),
+        (dict(keep_ratio=1.2), r'\(0, 1\], got 1.2'),
+        (dict(keep_ratio=float('nan')), r'\(0, 1\], got nan'),
+        (dict(keep_ratio='0.7'), r"\(0, 1\], got '0.7'"),
+        (dict(keep_ratio=[0.7, -0.1, 0.3]), r'keep_ratio of predictor 1 .*\(0, 1\], got -0.1'),
+        (dict(keep_ratio=[0.7, 0.5]), 'a list of 3 values, one for each predictor, got 2'),
+        (dict(keep_ratio=0.3), r"predictor 2 .*got -0.1 \(keep_ratio 0.3 with schedule 'subtract'"),
+        (dict(keep_ratio=0.7, schedule='linear'), r"one of \('subtract', 'power'\), got 'linear'"),
+        (dict(keep_ratio=0.7, selector='best'), r"one of \('topk', .*got 'best'"),
+        (dict(keep_ratio=0.7, locations={2: (1, 6)}), r'indices 0 to 5, got \(1, 6\)'),
+        (dict(keep_ratio=0.7, locations={2: (3, 1)}), r'ascending .* got \(3, 1\)'),
+        (dict(keep_ratio=0.7, locations={2: ()}), r'got \(\)'),
+        (dict(keep_ratio=0.7, locations={4: (0,)}), 'stages 0 to 3, got stage 4'),
+        (dict(keep_ratio=0.7, ratio=0.3), r"takes the keys .*, got \['ratio'\]"),
+        (dict(selector='topk'), 'needs keep_ratio'),
+    ],
+)
+def test_bad_values_name_argument_range_and_value(cfg, message):
+    with pytest.raises(ValueError, match=message):
+        Sparsity.from_cfg(cfg, DEPTHS)

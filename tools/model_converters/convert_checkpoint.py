@@ -1,0 +1,37 @@
+"""Converts a checkpoint of another code base to the names of our backbones."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mmengine.runner import CheckpointLoader
+
+from mmdynsparse.utils import convert_checkpoint
+from mmdynsparse.utils.input_checks import check_checkpoint
+from mmdynsparse.utils.launch import ToolParser, one_line_errors
+
+SOURCES = ('mmseg', 'mmdet', 'timm', 'swin', 'dynamicvit')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the tool.
+
+    Args:
+        argv: Command line arguments. Defaults to None, those of the process.
+    """
+    parser = ToolParser(description='Convert a checkpoint to the names of our backbones')
+    parser.add_argument('src', help='checkpoint to read')
+    parser.add_argument('dst', help='checkpoint to write')
+    parser.add_argument('--source', choices=SOURCES, required=True, help='code base of SRC')
+    args = parser.parse(argv)
+    with one_line_errors():
+        checkpoint = check_checkpoint('src', args.src)
+        checkpoint = checkpoint or CheckpointLoader.load_checkpoint(args.src, 'cpu')
+        converted = convert_checkpoint(checkpoint, args.source)
+    Path(args.dst).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(state_dict=converted), args.dst)
+    print(f'{len(converted)} tensors written to {args.dst}')
+
+
+if __name__ == '__main__':
+    main()
