@@ -9,5 +9,12 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', scope='mmdynsparse', parent=MMENGINE_MODELS, locations=['mmdynsparse.layers', 'mmdynsparse.models'])
-HOOKS = Registry('hook', scope='mmdynsparse', parent=MMENGINE_HOOKS, locations=['mmdynsparse.engine'])
+MODELS = Registry(
+    'model',
+    scope='mmdynsparse',
+    parent=MMENGINE_MODELS,
+    locations=['mmdynsparse.layers', 'mmdynsparse.models'],
+)
+HOOKS = Registry(
+    'hook', scope='mmdynsparse', parent=MMENGINE_HOOKS, locations=['mmdynsparse.engine']
+)

@@ -341,7 +341,7 @@ def install():
     scratch = VENV / 'tmp'
     shutil.rmtree(str(scratch), ignore_errors=True)
     scratch.mkdir()
-    # Not in /tmp, which is often a small memory disk.
+    # The system's temporary folder is often a small memory disk.
     environment = {**os.environ, 'TMPDIR': str(scratch)}
     # pip would count what lies there as installed.
     environment.pop('PYTHONPATH', None)

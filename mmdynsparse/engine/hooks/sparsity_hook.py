@@ -23,8 +23,8 @@ class SparsityHook(Hook):
     In training the model's loss dict gains ``loss_keep_ratio`` and the measured rates
     ``keep_rate_I``, so they pass through AMP, gradient accumulation, DDP, the message hub and the
     visualizer like every other entry. In validation and test the mean rates over all images are
-    logged as ``val/keep_rate_I`` and ``test/keep_rate_I``. A predictor that keeps (nearly) nothing
-    or everything against its target is warned of.
+    logged as ``eval_keep_rate_I``. A predictor that keeps (nearly) nothing or everything against
+    its target is warned of.
 
     Args:
         weight: Weight of the ratio loss, >= 0. Defaults to 10, the published one for Swin.
@@ -116,7 +116,7 @@ class SparsityHook(Hook):
     def _log_rates(self, runner: Runner, mode: str) -> None:
         rates = self._meter.pop()
         for i, rate in enumerate(rates):
-            runner.message_hub.update_scalar(f'{mode}/keep_rate_{i}', rate)
+            runner.message_hub.update_scalar(f'{mode}/eval_keep_rate_{i}', rate)
         self._warn_of_collapse(rates, f'in {mode}')
 
     def _warn_of_collapse(self, rates: Sequence[float], when: str) -> None:

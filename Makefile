@@ -1,0 +1,33 @@
+# Everything runs in .venv, which "setup" makes and repairs. PYTHON names the Python it is made
+# with, MMDYNSPARSE_WHEELS a folder where mmcv's compiled wheel is kept (.wheels unless set).
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: quickstart quickstart-det test test-all benchmark lint setup clean
+
+quickstart: setup
+	$(RUN) tools/quickstart.py seg
+
+quickstart-det: setup
+	$(RUN) tools/quickstart.py det
+
+test: setup
+	$(RUN) -m pytest
+
+test-all: setup
+	$(RUN) -m pytest -m ''
+
+benchmark: setup
+	$(RUN) benchmarks/swin_latency.py
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+setup:
+	@$(PYTHON) tools/setup_env.py
+
+# Leaves compiled wheels (.wheels), data and results (work_dirs) alone.
+clean:
+	rm -rf .venv .setup.log build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

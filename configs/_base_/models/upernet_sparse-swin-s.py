@@ -1,0 +1,5 @@
+_base_ = './upernet_sparse-swin.py'
+pretrained = 'https://mmassets.onedl.ai/mmsegmentation/v0.5/pretrain/swin/swin_small_patch4_window7_224_20220317-7ba6d6dd.pth'
+model = dict(
+    backbone=dict(depths=(2, 2, 18, 2), init_cfg=dict(type='Pretrained', checkpoint=pretrained))
+)

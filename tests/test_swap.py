@@ -1,0 +1,171 @@
+"""The swap: stock Swin configs train with the backbone's type changed, in a fresh process.
+
+The process imports nothing of mmdynsparse by itself, and one of mmseg and mmdet may be absent.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+UPERNET = [
+    'mmseg/.mim/configs/swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    'mmseg/.mim/configs/swin/swin-small-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    'mmseg/.mim/configs/swin/swin-base-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+]
+MASK_RCNN = ['mmdet/.mim/configs/swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']
+
+SCRIPT = """
+import json
+import sys
+
+absent, work_dir, *files = sys.argv[1:]
+
+
+class Without:
+    # A finder that does not see one package.
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == absent:
+            return None
+        return self.finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+SIZE = 64
+
+
+def seg_sample():
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    sample = SegDataSample(metainfo=dict(img_shape=(SIZE, SIZE)))
+    sample.gt_sem_seg = PixelData(data=torch.randint(0, 19, (1, SIZE, SIZE)))
+    return sample
+
+
+def det_sample():
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    mask = np.zeros((1, SIZE, SIZE), dtype=np.uint8)
+    mask[:, 8:40, 8:40] = 1
+    shape = dict(img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE))
+    sample = DetDataSample(metainfo=shape)
+    sample.gt_instances = InstanceData(
+        bboxes=torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
+        labels=torch.tensor([3]),
+        masks=BitmapMasks(mask, SIZE, SIZE),
+    )
+    return sample
+
+
+def batches(make_sample):
+    image = torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8)
+    samples = [dict(inputs=image, data_samples=make_sample()) for _ in range(2)]
+    return DataLoader(samples, batch_size=2, collate_fn=pseudo_collate)
+
+
+def train_one_iteration(file):
+    cfg = Config.fromfile(file)
+    cfg.model.backbone.type = 'mmdynsparse.SparseSwinTransformer'
+    cfg.model.backbone.sparsity = dict(keep_ratio=0.7)
+    cfg.custom_hooks = [dict(type='mmdynsparse.SparsityHook', weight=10.0)]
+    cfg.model.backbone.pop('init_cfg')  # no download in a test
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = (SIZE, SIZE)
+    torch.manual_seed(0)
+    runner = Runner(
+        model=cfg.model,
+        work_dir=work_dir,
+        train_dataloader=batches(seg_sample if cfg.default_scope == 'mmseg' else det_sample),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=1),
+        optim_wrapper=cfg.optim_wrapper,
+        default_hooks=dict(checkpoint=None),
+        custom_hooks=cfg.custom_hooks,
+        default_scope=cfg.default_scope,
+        experiment_name=file.rsplit('/', 1)[-1],
+    )
+    runner.train()
+    logged = runner.message_hub.log_scalars
+    state = runner.optim_wrapper.optimizer.state
+    moved = [
+        bool(state[parameter]['exp_avg'].abs().sum() > 0)
+        for name, parameter in runner.model.backbone.named_parameters()
+        if '.predictors.' in name and name.endswith('.weight')
+    ]
+    return dict(
+        backbone=type(runner.model.backbone).__name__,
+        blocks=len(runner.model.backbone.stages[2].blocks),
+        decisions=len(runner.model.backbone.decisions),
+        losses={
+            key.removeprefix('train/'): float(value.current())
+            for key, value in logged.items()
+            if 'loss' in key
+        },
+        predictors_learn=bool(moved) and all(moved),
+    )
+
+
+loaded_early = 'mmdynsparse' in sys.modules
+results = [train_one_iteration(file) for file in files]
+report = dict(
+    loaded_early=loaded_early, imported=[name in sys.modules for name in ('mmseg', 'mmdet')]
+)
+print('REPORT' + json.dumps(dict(report, results=results)))
+"""
+
+
+def run_swap(absent, files, tmp_path):
+    """Train one iteration of every stock config in a fresh process and return its report."""
+    site = Path(importlib.util.find_spec('mmseg').origin).parents[1]
+    det_site = Path(importlib.util.find_spec('mmdet').origin).parents[1]
+    paths = [str((site if file.startswith('mmseg') else det_site) / file) for file in files]
+    command = [sys.executable, '-c', SCRIPT, absent, str(tmp_path), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith('REPORT')]
+    return json.loads(line.removeprefix('REPORT'))
+
+
+@pytest.mark.parametrize(
+    ('absent', 'files', 'imported'),
+    [
+        ('mmdet', UPERNET, [True, False]),
+        ('mmseg', MASK_RCNN, [False, True]),
+        ('nothing', UPERNET[:1] + MASK_RCNN, [True, True]),
+    ],
+    ids=['mmdet absent', 'mmseg absent', 'both installed'],
+)
+def test_stock_config_trains_with_the_type_changed(absent, files, imported, tmp_path):
+    report = run_swap(absent, files, tmp_path)
+    assert not report['loaded_early']
+    assert report['imported'] == imported
+    for file, result in zip(files, report['results'], strict=True):
+        assert result['backbone'] == 'SparseSwinTransformer'
+        assert result['blocks'] == (6 if 'tiny' in file or 'swin-t' in file else 18)
+        assert result['decisions'] == 3
+        losses = result['losses']
+        task_loss = 'loss_mask' if 'mask-rcnn' in file else 'decode.loss_ce'
+        assert {'loss', 'loss_keep_ratio', task_loss} <= set(losses)
+        assert all(0.0 <= value < 1e4 for value in losses.values())
+        assert losses['loss'] > losses[task_loss]
+        assert result['predictors_learn']
