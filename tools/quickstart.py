@@ -216,7 +216,12 @@ def accuracy_rows(metrics: dict, names: dict) -> list[Row]:
 def keep_rate_rows(metrics: dict, model: torch.nn.Module, labels: list[str]) -> list[Row]:
     """Keep rates measured by tools/test.py over the validation set."""
     return [
-        Row(f'keep rate {label}', None, metrics[f'keep_rate_{i}'], f'target {decision.ratio:.2f}')
+        Row(
+            f'keep rate {label}',
+            None,
+            metrics[f'eval_keep_rate_{i}'],
+            f'target {decision.ratio:.2f}',
+        )
         for i, (label, decision) in enumerate(zip(labels, model.backbone.decisions, strict=True))
     ]
 

@@ -61,15 +61,19 @@ class WindowMSA(BaseModule):
             (B, L, h, T, D)
         """
         q, k, v = qkv_3BLhTD.unbind(0)
-        bias_TTh = self.relative_position_bias_table[self.relative_position_index]
         attn = (q * self.scale) @ k.transpose(-2, -1)
-        attn = attn + bias_TTh.permute(2, 0, 1)
+        attn = attn + self._bias()
         if mask is not None:
             # Only windows of the last row and the last column hold more than one region.
             grid = attn.unflatten(1, mask.shape[:2])
             grid[:, -1] += mask[-1]
             grid[:, :-1, -1] += mask[:-1, -1]
         return self.attn_drop(attn.softmax(-1)) @ v
+
+    def _bias(self) -> Tensor:
+        index_TT = self.relative_position_index
+        bias = self.relative_position_bias_table.index_select(0, index_TT.flatten())
+        return bias.t().reshape(-1, *index_TT.shape)
 
 
 class ShiftWindowMSA(BaseModule):
