@@ -13,7 +13,6 @@ from mmdynsparse.utils.input_checks import (
     check_data,
     check_not_empty,
     check_weights,
-    runs_dense,
 )
 from mmdynsparse.utils.launch import ToolParser, build_runner, load_config, one_line_errors
 
@@ -137,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_data(cfg, 'test')
         checkpoint = check_checkpoint('checkpoint', args.checkpoint)
         cfg.load_from, cfg.resume = args.checkpoint, False
-        dense = runs_dense(cfg.model.get('backbone', {}))
         if args.show or args.show_dir:
             set_visualization(cfg, args)
         if args.out:
@@ -150,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # An address is fetched only now that the processes of a distributed run know each other.
         checkpoint = checkpoint or CheckpointLoader.load_checkpoint(args.checkpoint, 'cpu')
         weights = checkpoint.get('state_dict', checkpoint)
-        check_weights(runner.model, weights, args.checkpoint, dense)
+        check_weights(runner.model, weights, args.checkpoint)
     runner.test()
 
 

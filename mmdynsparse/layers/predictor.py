@@ -1,14 +1,13 @@
 """Importance-score predictor (Rao et al., T-PAMI 2023, section 3.2; DynamicViT, eq. 1-4)."""
 
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import MODELS
 
 
 @MODELS.register_module()
-class LocalGlobalPredictor(BaseModule):
+class LocalGlobalPredictor(nn.Module):
     """Score every location from its own features and the mean of the map.
 
     LayerNorm, Linear(C, C), GELU; the first half of the channels stays local, the second half is
@@ -18,14 +17,13 @@ class LocalGlobalPredictor(BaseModule):
 
     Args:
         embed_dims: Channels C of the map, at least 4.
-        init_cfg: As in every OpenMMLab module. Defaults to None.
 
     Raises:
         ValueError: If ``embed_dims`` is less than 4.
     """
 
-    def __init__(self, embed_dims: int, init_cfg: dict | None = None) -> None:
-        super().__init__(init_cfg)
+    def __init__(self, embed_dims: int) -> None:
+        super().__init__()
         if embed_dims < 4:
             raise ValueError(f'embed_dims must be at least 4, got {embed_dims}')
         self.norm = nn.LayerNorm(embed_dims)

@@ -7,7 +7,6 @@ N = H * W tokens, C channels, L windows of one image, T tokens of a window, h he
 
 import torch
 from mmengine.model import BaseModule
-from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ..ops import head_rows, relative_position_index, shift_mask, window_layout
@@ -44,11 +43,6 @@ class WindowMSA(BaseModule):
         self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop_rate)
         self.proj = nn.Linear(embed_dims, embed_dims)
-
-    def init_weights(self) -> None:
-        """Draw the bias table from a truncated normal distribution."""
-        super().init_weights()
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def attend(self, qkv_3BLhTD: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within each window.

@@ -56,7 +56,7 @@ class Sparsity:
         self = cls(**cfg)
         _check_choice('sparsity.schedule', self.schedule, SCHEDULES)
         _check_choice('sparsity.selector', self.selector, SELECTORS)
-        locations = self.locations or default_locations(depths)
+        locations = default_locations(depths) if self.locations is None else self.locations
         locations = {int(stage): tuple(blocks) for stage, blocks in locations.items()}
         _check_locations(locations, depths)
         self = cls(**{**cfg, 'locations': dict(sorted(locations.items()))})
@@ -108,6 +108,8 @@ def _check_ratio(name: str, value: float, hint: str = '') -> None:
 
 
 def _check_locations(locations: dict[int, tuple[int, ...]], depths: Sequence[int]) -> None:
+    if not locations:
+        raise ValueError('sparsity.locations takes at least one stage, got none')
     for stage, blocks in locations.items():
         if not 0 <= stage < len(depths):
             raise ValueError(

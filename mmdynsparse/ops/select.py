@@ -87,8 +87,8 @@ def select_decision(
         gather: Whether to add the positions that gathered execution needs. Defaults to True.
 
     Raises:
-        ValueError: If a score is NaN (CPU; other devices report it through a device assertion,
-            without a host synchronisation).
+        ValueError: If a score is NaN. On CUDA the device assertion that stops the process instead
+            costs no host synchronisation.
     """
     scores_BN = log_probs_BN2[..., 0].float()
     _refuse_nan(scores_BN)
@@ -172,7 +172,7 @@ def _nonzero(flags: Tensor) -> Tensor:
 def _positions(mask_BN: Tensor, count: int) -> Tensor:
     """Sorted flat positions of the ones in ``mask_BN``, of which each row holds ``count``."""
     b, n = mask_BN.shape
-    rank_BN = mask_BN.cumsum(1).long() - 1
+    rank_BN = (mask_BN > 0.5).cumsum(1) - 1
     # Zeros all write to one spare slot at the end of the row, which is cut off.
     slot_BN = torch.where(mask_BN > 0.5, rank_BN, count)
     idx_BN = torch.arange(b * n, device=mask_BN.device).view(b, n)

@@ -30,7 +30,7 @@ def two_paths(
             everywhere, combined by the mask (training: the mask receives a gradient).
 
     Returns:
-        (B, N, C), in the dtype of the paths' output.
+        (B, N, C), in the dtype of the slow path's output.
     """
     return (_gathered if gather else _masked)(x_BNC, slow, fast, decision)
 
@@ -41,7 +41,7 @@ def _masked(x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision) ->
     if fast is None:
         return slow_BNC * mask_BN1
     # lerp returns its ends exactly, so a kept location has the slow path's bits.
-    return torch.lerp(fast(x_BNC), slow_BNC, mask_BN1)
+    return torch.lerp(fast(x_BNC).to(slow_BNC.dtype), slow_BNC, mask_BN1)
 
 
 def _gathered(x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision) -> Tensor:
@@ -52,5 +52,5 @@ def _gathered(x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision) 
     out = slow_KC.new_zeros(x_flat.shape).index_copy_(0, decision.kept, slow_KC)
     if fast is not None:
         fast_MC = fast(x_flat.index_select(0, decision.dropped))
-        out.index_copy_(0, decision.dropped, fast_MC)
+        out.index_copy_(0, decision.dropped, fast_MC.to(out.dtype))
     return out.view_as(x_BNC)

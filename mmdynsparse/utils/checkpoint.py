@@ -7,7 +7,6 @@ Layouts handled: OpenMMLab's Swin (mmseg, mmdet), the original Swin repository
 fastest), so its weights are reordered.
 """
 
-import os.path as osp
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ..ops import relative_position_index
+from .input_checks import check_checkpoint
 
 StateDict = Mapping[str, Tensor]
 
@@ -60,7 +60,8 @@ def convert_checkpoint(state_dict: Mapping, source: str) -> StateDict:
         raise ValueError(f'source must be one of {tuple(CONVERTERS)}, got {source!r}')
     for wrapper in ('state_dict', 'model'):
         state_dict = state_dict.get(wrapper, state_dict)
-    tensors = {re.sub(r'^module\.', '', k): v for k, v in state_dict.items()}
+    tensors = OrderedDict((re.sub(r'^module\.', '', k), v) for k, v in state_dict.items())
+    tensors._metadata = getattr(state_dict, '_metadata', OrderedDict())
     return CONVERTERS[source](tensors, source)
 
 
@@ -78,12 +79,9 @@ def load_pretrained(
     Raises:
         ValueError: If the file is missing or unreadable, or lacks or has keys it should not.
     """
-    if '://' not in filename and not osp.isfile(filename):
-        raise ValueError(f'init_cfg.checkpoint must be an existing file, got {filename!r}')
-    try:
-        checkpoint = CheckpointLoader.load_checkpoint(filename, 'cpu', logger=None)
-    except Exception as e:
-        raise ValueError(f'init_cfg.checkpoint must be readable, got {filename!r}: {e}') from e
+    checkpoint = check_checkpoint('init_cfg.checkpoint', filename)
+    # An address is not looked at by the check, but fetched here.
+    checkpoint = checkpoint or CheckpointLoader.load_checkpoint(filename, 'cpu', logger=None)
     keys = backbone.load_state_dict(convert_checkpoint(checkpoint, source), strict=False)
     missing = [k for k in keys.missing_keys if not optional(k)]
     if missing or keys.unexpected_keys:
@@ -111,10 +109,16 @@ def resize_pos_embed(embed_1NC: Tensor, hw: tuple[int, int], new_hw: tuple[int, 
 
 
 def _from_openmmlab(tensors: StateDict, source: str) -> StateDict:
-    if any(k.startswith('backbone.') for k in tensors):
-        tensors = {k[9:]: v for k, v in tensors.items() if k.startswith('backbone.')}
-    _require('patch_embed.projection.weight', tensors, source)
-    return OrderedDict(tensors)
+    prefix = 'backbone.' if any(k.startswith('backbone.') for k in tensors) else ''
+    out = OrderedDict((k[len(prefix) :], v) for k, v in tensors.items() if k.startswith(prefix))
+    _require('patch_embed.projection.weight', out, source)
+    # What OpenMMLab's own converters leave behind of a classification model.
+    for name in [k for k in out if SWIN_DROPPED.search(k) or k.startswith('norm.')]:
+        del out[name]
+    _add_window_index(out)
+    metadata = {k.removeprefix('module.'): v for k, v in tensors._metadata.items()}
+    out._metadata = OrderedDict({'': metadata.get(prefix[:-1], {})})
+    return out
 
 
 def _from_swin(tensors: StateDict, source: str) -> StateDict:

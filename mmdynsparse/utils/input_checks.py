@@ -6,7 +6,7 @@ Every check raises a ``ValueError`` that names the argument, what is allowed and
 import os.path as osp
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -173,17 +173,15 @@ def check_not_empty(runner: Runner, split: str) -> None:
         )
 
 
-def check_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], path: str, dense: bool = False
-) -> None:
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
     """Loads weights into a model and refuses any that do not fit.
+
+    Predictors and fast paths may be missing or left over in a model that keeps every location.
 
     Args:
         model: The model, possibly wrapped for distributed runs or test-time augmentation.
         weights: State dict of the bare model.
         path: Where the weights come from, for the message.
-        dense: Whether the backbone keeps every location, so that its predictors and fast paths
-            are never used and may be missing or left over. Defaults to False.
 
     Raises:
         ValueError: If keys are missing, unexpected or of another shape.
@@ -203,7 +201,7 @@ def check_weights(
         if not reshaped:
             raise
     missing = [key for key in missing if not key.endswith('num_batches_tracked')]
-    if dense:
+    if _runs_dense(model):
         missing, unexpected = (
             [key for key in keys if not SPARSE_KEYS.search(key)] for keys in (missing, unexpected)
         )
@@ -222,17 +220,6 @@ def check_weights(
         )
 
 
-def runs_dense(backbone: Mapping) -> bool:
-    """Tells from a backbone's config whether every location is computed.
-
-    Args:
-        backbone: The config ``model.backbone``.
-
-    Returns:
-        True for a dense type, for ``sparsity=None`` and for keep ratios of 1.
-    """
-    sparsity = backbone.get('sparsity')
-    if not sparsity:
-        return True
-    ratios = sparsity.get('keep_ratio')
-    return all(r == 1 for r in (ratios if isinstance(ratios, Sequence) else [ratios]))
+def _runs_dense(model: nn.Module) -> bool:
+    ratios = [r for m in model.modules() for r in getattr(m, 'keep_ratios', ())]
+    return all(ratio == 1 for ratio in ratios)

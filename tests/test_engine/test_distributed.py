@@ -1,7 +1,6 @@
 """Two gloo processes and one process are the same training."""
 
 import multiprocessing as mp
-import os
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from mmdynsparse.ops import select
 
 
 class Model(BaseModel):
-    def __init__(self, swin, keep_ratio):
+    def __init__(self, keep_ratio=0.7, **swin):
         super().__init__()
         self.backbone = SparseSwinTransformer(
             **swin, drop_path_rate=0.0, sparsity=dict(keep_ratio=keep_ratio)
@@ -32,12 +31,12 @@ def losses_and_grads(model, images):
         model.zero_grad()
         losses = model(images)
         (losses['loss_task'] + losses['loss_keep_ratio']).backward()
-    return {name.removeprefix('module.'): p.grad for name, p in model.named_parameters()}
+    named = model.named_parameters()
+    return {name.removeprefix('module.'): p.grad for name, p in named if p.requires_grad}
 
 
 def worker(rank, model, images, folder):
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
     dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=2)
     wrapped = MMDistributedDataParallel(model)
     grads = losses_and_grads(wrapped, images.chunk(2)[rank])
@@ -45,14 +44,22 @@ def worker(rank, model, images, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('keep_ratio', [0.7, 1.0])
-@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(),
+        dict(keep_ratio=1.0),
+        dict(with_cp=True),
+        dict(frozen_stages=3),
+        dict(out_indices=(1, 2)),
+    ],
+)
 def test_two_processes_give_the_gradients_of_one(
-    keep_ratio, with_cp, tmp_path, tiny_swin, randomize, monkeypatch
+    kwargs, tmp_path, tiny_swin, randomize, monkeypatch
 ):
     # Each process draws its own noise, so the comparison is without it.
     monkeypatch.setattr(select.F, 'gumbel_softmax', lambda logits, dim: logits.softmax(dim))
-    model = randomize(Model(dict(tiny_swin, with_cp=with_cp), keep_ratio), std=0.05).train()
+    model = randomize(Model(**tiny_swin, **kwargs), std=0.05).train()
     model.backbone.has_ratio_loss = True
     images = torch.randn(4, 3, 64, 64)
     images -= images.mean((1, 2, 3), keepdim=True)

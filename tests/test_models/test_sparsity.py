@@ -57,6 +57,7 @@ def test_config_dicts_and_string_stages():
         (dict(keep_ratio=0.7, locations={2: (3, 1)}), r'ascending .* got \(3, 1\)'),
         (dict(keep_ratio=0.7, locations={2: ()}), r'got \(\)'),
         (dict(keep_ratio=0.7, locations={4: (0,)}), 'stages 0 to 3, got stage 4'),
+        (dict(keep_ratio=0.7, locations={}), 'at least one stage, got none'),
         (dict(keep_ratio=0.7, ratio=0.3), r"takes the keys .*, got \['ratio'\]"),
         (dict(selector='topk'), 'needs keep_ratio'),
     ],

@@ -10,7 +10,7 @@ from mmengine.device import get_device
 from torch import nn
 
 from mmdynsparse.utils import cpu
-from mmdynsparse.utils.input_checks import check_checkpoint, check_weights, runs_dense
+from mmdynsparse.utils.input_checks import check_checkpoint, check_weights
 from mmdynsparse.utils.launch import set_resume
 
 needs_no_gpu = pytest.mark.skipif(get_device() != 'cpu', reason='an accelerator is present')
@@ -19,17 +19,18 @@ needs_no_gpu = pytest.mark.skipif(get_device() != 'cpu', reason='an accelerator 
 class Block(nn.Module):
     """A layer with the two submodules that a sparse backbone adds."""
 
-    def __init__(self, sparse: bool) -> None:
+    def __init__(self, sparse: bool, keep_ratios: tuple[float, ...]) -> None:
         super().__init__()
+        self.keep_ratios = keep_ratios
         self.ffn = nn.Linear(2, 2)
         if sparse:
             self.predictors = nn.ModuleList([nn.Linear(2, 2)])
             self.fast_path = nn.Linear(2, 2)
 
 
-def model(sparse: bool) -> nn.Module:
+def model(sparse: bool, *keep_ratios: float) -> nn.Module:
     """Returns a model with one block, named as in a segmentor."""
-    return nn.ModuleDict({'backbone': Block(sparse), 'norm': nn.BatchNorm1d(2)})
+    return nn.ModuleDict({'backbone': Block(sparse, keep_ratios), 'norm': nn.BatchNorm1d(2)})
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.'])
@@ -43,31 +44,18 @@ def test_weights_that_fit(prefix: str) -> None:
 @pytest.mark.parametrize(('into', 'kind'), [(True, 'missing'), (False, 'unexpected')])
 def test_sparse_parts_are_needed_unless_dense(into: bool, kind: str) -> None:
     weights = model(not into).state_dict()
-    with pytest.raises(ValueError, match=rf'4 {kind} keys \(backbone.*predictors'):
-        check_weights(model(into), weights, 'x.pth')
-    check_weights(model(into), weights, 'x.pth', dense=True)
+    for ratios in ((0.7,), (1.0, 0.9)):
+        with pytest.raises(ValueError, match=rf'4 {kind} keys \(backbone.*predictors'):
+            check_weights(model(into, *ratios), weights, 'x.pth')
+    for ratios in ((), (1.0, 1)):
+        check_weights(model(into, *ratios), weights, 'x.pth')
 
 
 def test_weights_of_another_shape() -> None:
     weights = model(True).state_dict()
     weights['backbone.ffn.bias'] = torch.zeros(3)
     with pytest.raises(ValueError, match=r'1 keys of another shape \(backbone\.ffn\.bias\)'):
-        check_weights(model(True), weights, 'x.pth', dense=True)
-
-
-@pytest.mark.parametrize(
-    ('sparsity', 'dense'),
-    [
-        (None, True),
-        (dict(keep_ratio=1.0), True),
-        (dict(keep_ratio=[1, 1.0]), True),
-        (dict(keep_ratio=[1.0, 0.9]), False),
-        (dict(keep_ratio=0.7), False),
-    ],
-)
-def test_runs_dense(sparsity: dict | None, dense: bool) -> None:
-    assert runs_dense(dict(type='Swin', sparsity=sparsity)) == dense
-    assert runs_dense(dict(type='Swin'))
+        check_weights(model(True), weights, 'x.pth')
 
 
 def test_addresses_are_not_opened() -> None:

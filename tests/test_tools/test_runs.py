@@ -3,6 +3,8 @@
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,8 +89,9 @@ def test_test_segmentor_with_tta_and_pictures(
     output = run_tool(
         'test.py', config, trained / 'iter_4.pth', '--work-dir', tmp_path / 'test',
         '--tta', '--show-dir', painted,
+        '--cfg-options', 'model.backbone.sparsity.keep_ratio=[0.25]',
     )  # fmt: skip
-    assert 'mIoU' in output
+    assert 'mIoU' in output and 'eval_keep_rate_0: 0.2500' in output
     assert len(list(painted.rglob('*.png'))) == 2
 
 
@@ -124,6 +127,26 @@ def test_two_processes_train_and_test(
     )  # fmt: skip
     assert 'Iter(test) [1/1]' in output and 'mIoU' in output
     assert sorted(path.name for path in out.iterdir()) == ['0.png', '1.png']
+
+
+@pytest.mark.parametrize(
+    ('package', 'task'),
+    [('mmseg', 'seg'), pytest.param('mmdet', 'det', marks=pytest.mark.slow)],
+)
+def test_the_libraries_own_tools(
+    package: str, task: str, write_config: Callable, tmp_path: Path
+) -> None:
+    tools = Path(pytest.importorskip(package).__file__).parent / '.mim' / 'tools'
+    config, work_dir = write_config(task), tmp_path / 'run'
+
+    def run(*command: object) -> str:
+        command = [sys.executable, *map(str, command), '--work-dir', str(work_dir)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    output = run(tools / 'train.py', config)
+    assert 'loss_keep_ratio' in output and 'eval_keep_rate_0' in output
+    checkpoint = (work_dir / 'last_checkpoint').read_text()
+    assert 'eval_keep_rate_0' in run(tools / 'test.py', config, checkpoint)
 
 
 def test_bad_input_prints_one_line(run_tool: Callable, tmp_path: Path) -> None:

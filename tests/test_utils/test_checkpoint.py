@@ -1,3 +1,6 @@
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -157,6 +160,39 @@ def test_init_cfg_loads_a_dense_checkpoint(tmp_path, tiny_swin):
         assert torch.equal(model.state_dict()[name], value)
 
 
+def test_pretrained_files_of_mmseg_still_hold_parts_of_the_classifier(
+    tmp_path, timm_swin, tiny_swin
+):
+    """mmseg's own converter leaves final norm, masks and position indices in the file."""
+    mmseg = pytest.importorskip('mmseg')
+    script = Path(mmseg.__file__).parent / '.mim/tools/model_converters/swin2mmseg.py'
+    convert_swin = runpy.run_path(str(script))['convert_swin']
+    state = convert_swin(swin_layout(timm_swin.state_dict())['model'])
+    assert any(k.endswith('attn_mask') for k in state) and 'norm.weight' in state
+    torch.save({'state_dict': state}, tmp_path / 'swin.pth')
+    model = build(tiny_swin, tmp_path / 'swin.pth')
+    name = 'stages.1.downsample.reduction.weight'
+    assert torch.equal(
+        model.state_dict()[name], convert_checkpoint(timm_swin.state_dict(), 'timm')[name]
+    )
+
+
+def test_small_maps_stay_unshifted_through_init_cfg(tmp_path, timm_swin, tiny_swin):
+    state = convert_checkpoint(timm_swin.state_dict(), 'timm')
+    torch.save({'state_dict': state}, tmp_path / 'timm.pth')
+    attn = build(tiny_swin, tmp_path / 'timm.pth').stages[3].blocks[1].attn
+    assert not attn.shift_small_maps
+
+
+def test_position_embedding_of_another_size_is_resized(tiny_swin):
+    kwargs = dict(tiny_swin, use_abs_pos_embed=True)
+    small = SparseSwinTransformer(**kwargs, pretrain_img_size=32)
+    nn.init.constant_(small.absolute_pos_embed, 0.5)
+    large = SparseSwinTransformer(**kwargs, pretrain_img_size=64)
+    large.load_state_dict(small.state_dict())
+    torch.testing.assert_close(large.absolute_pos_embed.data, torch.full((1, 256, 24), 0.5))
+
+
 def test_convert_weights_is_mmdets(tmp_path, timm_swin, tiny_swin):
     torch.save(swin_layout(timm_swin.state_dict()), tmp_path / 'swin.pth')
     backbones = pytest.importorskip('mmdet.models.backbones')
@@ -176,10 +212,14 @@ def test_convert_weights_is_mmdets(tmp_path, timm_swin, tiny_swin):
 
 
 def test_missing_and_corrupt_files(tmp_path, tiny_swin):
-    with pytest.raises(ValueError, match=r"init_cfg.checkpoint must be an existing file, got '.*x"):
+    with pytest.raises(
+        ValueError, match=r"init_cfg.checkpoint must be an existing checkpoint, got '.*x"
+    ):
         build(tiny_swin, tmp_path / 'x.pth')
     (tmp_path / 'bad.pth').write_bytes(b'not a checkpoint')
-    with pytest.raises(ValueError, match=r'init_cfg.checkpoint must be readable'):
+    with pytest.raises(
+        ValueError, match=r'init_cfg.checkpoint must be a checkpoint that torch.load can read'
+    ):
         build(tiny_swin, tmp_path / 'bad.pth')
 
 

@@ -15,6 +15,9 @@ from ...models.backbones import SparseBackbone
 from ...ops import Decision
 from ...registry import HOOKS
 
+# Iterations between checks for collapse.
+CHECK_INTERVAL = 50
+
 
 @HOOKS.register_module()
 class SparsityHook(Hook):
@@ -31,7 +34,6 @@ class SparsityHook(Hook):
         per_image: Whether every image shall meet the ratio, or only the mean of a batch. Defaults
             to True.
         warmup_iters: Iterations in which the weight rises linearly from 0. Defaults to 0.
-        check_interval: Iterations between checks for collapse. Defaults to 50.
 
     Raises:
         ValueError: If an argument is outside its range, or, before the first iteration, the model
@@ -43,15 +45,13 @@ class SparsityHook(Hook):
         weight: float = 10.0,
         per_image: bool = True,
         warmup_iters: int = 0,
-        check_interval: int = 50,
     ) -> None:
-        _check_at_least('weight', weight, 0)
-        _check_at_least('warmup_iters', warmup_iters, 0)
-        _check_at_least('check_interval', check_interval, 1)
+        for name, value in (('weight', weight), ('warmup_iters', warmup_iters)):
+            if not value >= 0:
+                raise ValueError(f'{name} must be at least 0, got {value!r}')
         self.weight = weight
         self.per_image = per_image
         self.warmup_iters = warmup_iters
-        self.check_interval = check_interval
 
     def before_run(self, runner: Runner) -> None:
         """Find the sparse backbones and start to measure all their forwards."""
@@ -82,7 +82,7 @@ class SparsityHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
         """Check the mean rates of the last iterations for collapse."""
-        if self.every_n_train_iters(runner, self.check_interval):
+        if self.every_n_train_iters(runner, CHECK_INTERVAL):
             rates = self._meter.pop()
             if runner.iter >= self.warmup_iters:
                 self._warn_of_collapse(rates, f'in training up to iteration {runner.iter + 1}')
@@ -213,8 +213,3 @@ def collapse(rate: float, target: float) -> str:
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def _check_at_least(name: str, value: float, low: int) -> None:
-    if not value >= low:
-        raise ValueError(f'{name} must be at least {low}, got {value!r}')

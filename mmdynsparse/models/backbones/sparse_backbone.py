@@ -22,6 +22,7 @@ class SparseBackbone(BaseModule):
         decisions: Decisions of the last forward, in the order of the predictors.
         execution: 'masked' computes both paths everywhere and combines them by the mask, 'gather'
             computes each path on its own locations; 'auto' is masked in training, gather in eval.
+            In training only masked execution lets the predictors learn from the task.
         has_ratio_loss: Whether something trains the predictors towards the keep ratios; set by
             ``SparsityHook``. A sparse backbone that trains without it warns once.
 

@@ -25,6 +25,7 @@ from ...layers import PatchEmbed, PatchMerging, ShiftWindowMSA
 from ...ops import Decision, two_paths
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained, resize_bias_table, resize_pos_embed
+from ..sparsity import Sparsity
 from .sparse_backbone import SparseBackbone, build_part
 
 Decide = Callable[[Tensor, tuple[int, int], nn.Module], Decision]
@@ -230,7 +231,8 @@ class SparseSwinTransformer(SparseBackbone):
         sparsity: Mapping | None = None,
     ) -> None:
         super().__init__(sparsity, depths, _init_cfg(init_cfg, pretrained))
-        _check_args(patch_size, strides, out_indices, depths)
+        _check_args(patch_size, strides, frozen_stages, depths)
+        _check_outputs(out_indices, depths, self.sparsity)
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.convert_weights = convert_weights
@@ -274,6 +276,7 @@ class SparseSwinTransformer(SparseBackbone):
             self.stages.append(stage)
         for i in self.out_indices:
             self.add_module(f'norm{i}', build_norm_layer(norm_cfg, self.num_features[i])[1])
+        self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
@@ -286,18 +289,22 @@ class SparseSwinTransformer(SparseBackbone):
             x = x + resize_pos_embed(self.absolute_pos_embed, self.pretrain_hw, hw)
         x = self.drop_after_pos(x)
         outs = []
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(self.stages[: max(self.out_indices) + 1]):
             x = stage(x, hw, self.decide, self.gathers(stage.training))
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(x)
                 outs.append(out.unflatten(1, hw).permute(0, 3, 1, 2).contiguous())
-            if stage.downsample is not None:
+            if i < max(self.out_indices):
                 x, hw = stage.downsample(x, hw)
         return tuple(outs)
 
     def train(self, mode: bool = True) -> 'SparseSwinTransformer':
         """Set the training mode; frozen stages stay in eval mode, without gradients."""
         super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
         if self.frozen_stages >= 0:
             _freeze(self.patch_embed)
             self.drop_after_pos.eval()
@@ -307,7 +314,11 @@ class SparseSwinTransformer(SparseBackbone):
             _freeze(self.stages[i])
             if i in self.out_indices:
                 _freeze(getattr(self, f'norm{i}'))
-        return self
+        # What no output depends on never gets a gradient, which distributed training refuses.
+        last = max(self.out_indices)
+        for part in (self.stages[last].downsample, *self.stages[last + 1 :]):
+            if part is not None:
+                part.requires_grad_(False)
 
     def init_weights(self) -> None:
         """Initialize as Swin does, then load the checkpoint of ``init_cfg`` if there is one."""
@@ -341,6 +352,11 @@ class SparseSwinTransformer(SparseBackbone):
                 del state_dict[name]
             elif name not in own or state_dict[name].shape == own[name].shape:
                 continue
+            elif name.endswith('absolute_pos_embed'):
+                side = int(state_dict[name].shape[1] ** 0.5)
+                state_dict[name] = resize_pos_embed(
+                    state_dict[name], (side, side), self.pretrain_hw
+                )
             elif name.endswith('relative_position_index'):
                 state_dict[name] = own[name]
             elif name.endswith('relative_position_bias_table'):
@@ -349,8 +365,9 @@ class SparseSwinTransformer(SparseBackbone):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        shift = self.stages[0].blocks[0].attn.shift_small_maps
-        destination._metadata[prefix[:-1]]['shift_small_maps'] = shift
+        if hasattr(destination, '_metadata'):
+            shift = self.stages[0].blocks[0].attn.shift_small_maps
+            destination._metadata[prefix[:-1]]['shift_small_maps'] = shift
 
 
 def _init_cfg(init_cfg: dict | None, pretrained: str | None) -> dict | None:
@@ -366,13 +383,22 @@ def _init_cfg(init_cfg: dict | None, pretrained: str | None) -> dict | None:
     return init_cfg
 
 
-def _check_args(
-    patch_size: int, strides: Sequence, out_indices: Sequence, depths: Sequence
-) -> None:
+def _check_args(patch_size: int, strides: Sequence, frozen_stages: int, depths: Sequence) -> None:
     if strides[0] != patch_size:
         raise ValueError(f'strides[0] must equal patch_size {patch_size}, got {strides[0]}')
-    if not all(0 <= i < len(depths) for i in out_indices):
+    if not -1 <= frozen_stages <= len(depths):
+        raise ValueError(f'frozen_stages must be in -1 to {len(depths)}, got {frozen_stages}')
+
+
+def _check_outputs(out_indices: Sequence, depths: Sequence, sparsity: Sparsity | None) -> None:
+    if not out_indices or not all(0 <= i < len(depths) for i in out_indices):
         raise ValueError(f'out_indices must be in 0 to {len(depths) - 1}, got {out_indices}')
+    last = max(out_indices)
+    if sparsity is not None and max(sparsity.locations) > last:
+        raise ValueError(
+            f'sparsity.locations takes stages up to the last output, {last}, '
+            f'got stage {max(sparsity.locations)}'
+        )
 
 
 def _freeze(module: nn.Module) -> None:
