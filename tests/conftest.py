@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Tiny tensors: threads would only get in each other's way, in the tools' processes too.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import pytest
 import torch
 
