@@ -138,11 +138,17 @@ def test(config: Path, checkpoint: Path, work_dir: Path) -> dict:
 def run(command: list, log: Path) -> None:
     """Run a program of tools/: all its output goes to ``log``, its progress to the terminal."""
     command = [sys.executable, '-u', str(ROOT / 'tools' / command[0]), *map(str, command[1:])]
+    # Threads that spin while they wait take the cores from the data loader's process.
+    environment = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ}
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         log.open('w') as file,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
         ) as process,
     ):
         for line in process.stdout:
@@ -268,7 +274,8 @@ def conditions(checkpoint: Path, batches: list[dict]) -> list[str]:
         f'median of {ROUNDS} calls on {len(batches)} images; predictors and gathering included.',
         f'Accuracy: both models were fine-tuned for {iters} iterations from one dense checkpoint '
         'with the same settings and seed; one run each, on a small generated set.',
-        'At this size calls cost as much as arithmetic; `make benchmark` times real sizes.',
+        'At this size calls cost as much as arithmetic; `make benchmark` times real sizes. '
+        'The heads of a detector run on as many detections as the model makes.',
     ]
 
 
