@@ -10,12 +10,26 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
 
+from mmdynsparse.models.backbones.convnext import ARCHS, SparseConvNeXt
+
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
 IDS = [str(path.relative_to(CONFIGS)) for path in FILES]
-PUBLISHED = [path for path in FILES if path.parent.name == 'sparse_swin']
+FAMILIES = ('sparse_convnext', 'sparse_swin', 'sparse_vit')
+PUBLISHED = [path for path in FILES if path.parent.name in FAMILIES]
+# Width of the first stage and depth of the third; of the only one in ViT.
+SIZES = {
+    'convnext': {'n': (48, 9), 't': (96, 9), 's': (96, 27)},
+    'swin': {'n': (48, 6), 't': (96, 6), 's': (96, 18), 'b': (128, 18)},
+    'vit': {'n': (192, 12), 's': (384, 12), 'b': (768, 12)},
+    'deit': {'s': (384, 12)},
+}
+# Depth of that stage: the blocks before which predictors sit, as published.
+LOCATIONS = {6: (1, 2, 3), 9: (1, 2, 3), 12: (3, 6, 9), 18: (2, 4, 6), 27: (3, 6, 9)}
 
 UPERNET = 'upernet_8xb2-160k_ade20k-512x512.py'
+UPERNET_AMP = 'upernet_8xb2-amp-160k_ade20k-512x512.py'
+MASK = 'mask_8xb1-160k_ade20k-512x512.py'
 STOCK = {
     f'sparse-swin-t_{UPERNET}': ('mmseg', f'swin-tiny-patch4-window7-in1k-pre_{UPERNET}'),
     f'sparse-swin-s_{UPERNET}': ('mmseg', f'swin-small-patch4-window7-in1k-pre_{UPERNET}'),
@@ -37,6 +51,20 @@ STOCK = {
         'mmdet',
         'mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py',
     ),
+    f'sparse-convnext-t_{UPERNET_AMP}': ('mmseg', f'convnext-tiny_{UPERNET_AMP}'),
+    f'sparse-convnext-s_{UPERNET_AMP}': ('mmseg', f'convnext-small_{UPERNET_AMP}'),
+    'mask-rcnn_sparse-convnext-t_fpn_amp-ms-crop-3x_coco.py': (
+        'mmdet',
+        'mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py',
+    ),
+    f'sparse-vit-b_mln_{UPERNET}': ('mmseg', f'vit_vit-b16_mln_{UPERNET}'),
+    f'sparse-deit-s_mln_{UPERNET}': ('mmseg', f'vit_deit-s16_mln_{UPERNET}'),
+    'sparse-deit-s_upernet_8xb2-80k_ade20k-512x512.py': (
+        'mmseg',
+        'vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py',
+    ),
+    f'segmenter_sparse-vit-s_{MASK}': ('mmseg', f'segmenter_vit-s_{MASK}'),
+    f'segmenter_sparse-vit-b_{MASK}': ('mmseg', f'segmenter_vit-b_{MASK}'),
 }
 
 SHARED_KEYS = (
@@ -48,9 +76,12 @@ SHARED_KEYS = (
 
 
 def stock_config(library: str, name: str) -> Config:
-    """Load a Swin config that an installed library ships."""
+    """Load a config that an installed library ships."""
     package = Path(importlib.util.find_spec(library).origin).parent
-    return Config.fromfile(package / '.mim' / 'configs' / 'swin' / name)
+    folder = re.search('convnext|segmenter|swin|vit', name)[0]
+    path = package / '.mim' / 'configs' / folder / name
+    # The ConvNeXt configs import mmpretrain, which is not required.
+    return Config.fromfile(path, import_custom_modules=False)
 
 
 def plain(value):
@@ -101,46 +132,94 @@ def _num_classes(model) -> int:
 def _check_sparsity(cfg, runner):
     """Check that predictors sit where they should, learn at the full rate and have their hook."""
     backbone = runner.model.backbone
-    predictors = [name for name, _ in backbone.named_parameters() if '.predictors.' in name]
+    new = [n for n, _ in backbone.named_parameters() if re.search(r'predictors\.|fast_path\.', n)]
     hooked = any(type(hook).__name__ == 'SparsityHook' for hook in runner.hooks)
-    if cfg.model.backbone.type == 'SwinTransformer':
-        assert not predictors
+    if cfg.model.backbone.get('sparsity') is None:
+        assert not new
         assert not hooked
         return
-    assert predictors
     assert hooked
-    blocks = (1, 2, 3) if cfg.model.backbone.depths[2] == 6 else (2, 4, 6)
-    fast_paths = {name.split('.fast_path.')[0] for name, _ in backbone.named_parameters()}
-    assert {f'stages.2.blocks.{block}' for block in blocks} <= fast_paths
+    blocks = LOCATIONS[_width_and_depth(cfg.model.backbone)[1]]
+    assert len({re.search(r'predictors\.\d+', n)[0] for n in new if 'predictors.' in n}) == 3
+    _check_optimizer(cfg.optim_wrapper, runner)
+    if 'num_layers' in cfg.model.backbone:
+        assert backbone.stage_locations(0) == blocks
+        assert not any('fast_path' in n for n in new)
+        return
+    prefix = 'stages.2.' if 'arch' in cfg.model.backbone else 'stages.2.blocks.'
+    fast_paths = {n.split('.fast_path.')[0] for n in new}
+    assert {f'{prefix}{block}' for block in blocks} <= fast_paths
+    assert f'{prefix}{blocks[0] - 1}' not in fast_paths
+
+
+def _check_optimizer(optim_cfg, runner):
+    """Check learning rates and weight decays of the optimizer of a sparse model."""
+    backbone = runner.model.backbone
     groups = runner.optim_wrapper.optimizer.param_groups
-    assert {group['lr'] for group in groups} == {cfg.optim_wrapper.optimizer.lr}
-    assert {group['weight_decay'] for group in groups} == {
-        0.0,
-        cfg.optim_wrapper.optimizer.weight_decay,
-    }
+    base_lr, decay = optim_cfg.optimizer.lr, optim_cfg.optimizer.weight_decay
+    assert {group['weight_decay'] for group in groups} == {0.0, decay}
+    lrs = {id(p): group['lr'] for group in groups for p in group['params']}
+    assert lrs.keys() == {id(p) for p in runner.model.parameters()}
+    if 'constructor' not in optim_cfg:
+        assert set(lrs.values()) == {base_lr}
+        return
+    # Layer decay: predictors at the full rate like the heads, fast paths like their block.
+    assert {lrs[id(p)] for p in backbone.predictors.parameters()} == {base_lr}
+    for block in (block for stage in backbone.stages for block in stage):
+        (lr,) = {lrs[id(p)] for p in block.parameters()}
+        assert lr < base_lr
+
+
+def _width_and_depth(backbone) -> tuple[int, int]:
+    """Return the width of the first stage and the depth of the third of a backbone config."""
+    if 'num_layers' in backbone:
+        return backbone.embed_dims, backbone.num_layers
+    if 'arch' not in backbone:
+        return backbone.embed_dims, backbone.depths[2]
+    arch = backbone.arch
+    depths, channels = ARCHS[arch] if isinstance(arch, str) else (arch.depths, arch.channels)
+    return channels[0], depths[2]
 
 
 @pytest.mark.parametrize('path', PUBLISHED, ids=[path.stem for path in PUBLISHED])
 def test_name_tells_the_setting(path):
-    """Sparse or dense, size, batch size, schedule, AMP, data and crop agree with the file name."""
+    """Sparse or dense, size, batch size, schedule, AMP, data, crop, neck agree with the name."""
     cfg = Config.fromfile(path)
     name = path.stem
-    sparse, size = re.search(r'(?:^|_)(sparse-)?swin-([ntsb])[_-]', name).groups()
+    backbone_name = r'(?:^|_)(sparse-)?(swin|convnext|vit|deit)-([ntsb])[_-]'
+    sparse, family, size = re.search(backbone_name, name).groups()
+    assert path.parent.name == f'sparse_{family}'.replace('deit', 'vit')
     backbone = cfg.model.backbone
-    assert (backbone.type == 'mmdynsparse.SparseSwinTransformer') == bool(sparse)
-    assert ('custom_hooks' in cfg) == bool(sparse)
-    dims_and_depth = {'n': (48, 6), 't': (96, 6), 's': (96, 18), 'b': (128, 18)}
-    assert (backbone.embed_dims, backbone.depths[2]) == dims_and_depth[size]
+    if family == 'convnext':
+        # Dense and sparse, because the dense original needs mmpretrain.
+        assert backbone.type == 'mmdynsparse.SparseConvNeXt'
+    else:
+        original = 'SwinTransformer' if family == 'swin' else 'VisionTransformer'
+        assert backbone.type == (f'mmdynsparse.Sparse{original}' if sparse else original)
+    assert ('sparsity' in backbone) == bool(sparse)
+    weights = [hook.weight for hook in cfg.get('custom_hooks', [])]
+    assert weights == ([_ratio_weight(family, size)] if sparse else [])
+    assert _width_and_depth(backbone) == SIZES[family][size]
     assert ('amp-' in name) == (cfg.optim_wrapper.type == 'AmpOptimWrapper')
     assert re.search('ade20k|cityscapes|coco|camvid', name)[0][:3] in (
         cfg.train_dataloader.dataset.data_root
     )
     _check_schedule(name, cfg)
-    if 'upernet' in name:
+    if family in ('vit', 'deit'):
+        neck = cfg.model.get('neck') or {}
+        assert (neck.get('type') == 'MultiLevelNeck') == ('_mln_' in name)
+    if 'upernet' in name or 'segmenter' in name:
         crop = tuple(int(side) for side in re.search(r'-(\d+)x(\d+)$', name).groups())
         steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
         assert steps['RandomCrop'].crop_size == crop
         assert cfg.model.data_preprocessor.size == crop
+
+
+def _ratio_weight(family, size) -> float:
+    """Return the published weight of the ratio loss."""
+    if family in ('swin', 'convnext'):
+        return 10.0
+    return 5.0 if size == 'b' else 2.0
 
 
 def _check_schedule(name, cfg):
@@ -151,7 +230,7 @@ def _check_schedule(name, cfg):
         assert cfg.train_cfg.max_epochs == length
         assert cfg.train_dataloader.batch_size == 2
     else:
-        batch, thousands = re.search(r'_\dxb(\d)-(\d+)k_', name).groups()
+        batch, thousands = re.search(r'_\dxb(\d)-(?:amp-)?(\d+)k_', name).groups()
         length = 1000 * int(thousands)
         assert cfg.train_cfg.max_iters == length
         assert cfg.train_dataloader.batch_size == int(batch)
@@ -160,32 +239,39 @@ def _check_schedule(name, cfg):
 
 @pytest.mark.parametrize('name', STOCK)
 def test_differs_from_stock_only_in_the_backbone(name):
-    """Data, schedule, optimizer, hooks, heads and Swin arguments are those of the stock config."""
-    ours = Config.fromfile(CONFIGS / 'sparse_swin' / name)
+    """Data, schedule, optimizer, heads and the backbone's arguments are the stock config's."""
+    (path,) = [path for path in PUBLISHED if path.name == name]
+    ours = Config.fromfile(path)
     stock = stock_config(*STOCK[name])
     for key in SHARED_KEYS:
         assert plain({key: ours.get(key)}) == plain({key: stock.get(key)}), key
-    our_swin, stock_swin = ours.model.pop('backbone'), stock.model.pop('backbone')
+    our_backbone, stock_backbone = ours.model.pop('backbone'), stock.model.pop('backbone')
+    if pretrained := stock.model.pop('pretrained', None):
+        stock_backbone.init_cfg = dict(type='Pretrained', checkpoint=pretrained)
     assert plain(ours.model) == plain(stock.model)
-    assert _with_defaults(our_swin) == _with_defaults(stock_swin)
+    assert _with_defaults(our_backbone) == _with_defaults(stock_backbone)
 
 
 def _with_defaults(backbone):
-    """Complete a Swin config with the stock defaults; weights are compared by their file name."""
+    """Complete a backbone config with defaults; weights are compared by their file name."""
     from mmdet.models import SwinTransformer
+    from mmseg.models import VisionTransformer
 
-    signature = inspect.signature(SwinTransformer.__init__).parameters.values()
+    dense = VisionTransformer if 'num_layers' in backbone else SwinTransformer
+    original = SparseConvNeXt if 'arch' in backbone else dense
+    signature = inspect.signature(original.__init__).parameters.values()
     full = {item.name: item.default for item in signature if item.name != 'self'}
     full.update({key: value for key, value in backbone.items() if key not in ('type', 'sparsity')})
-    full['norm_cfg'] = {'requires_grad': True, **full['norm_cfg']}
+    full['norm_cfg'] = {'requires_grad': True, **(full['norm_cfg'] or {})}
     full['init_cfg'] = full['init_cfg']['checkpoint'].rsplit('/', 1)[-1]
     return plain(full)
 
 
-def test_readme_and_metafile_list_every_config():
+@pytest.mark.parametrize('family', FAMILIES)
+def test_readme_and_metafile_list_every_config(family):
     """The family's README links each config and the metafile names each, and nothing else."""
-    folder = CONFIGS / 'sparse_swin'
-    names = {path.name for path in PUBLISHED}
+    folder = CONFIGS / family
+    names = {path.name for path in PUBLISHED if path.parent == folder}
     readme = (folder / 'README.md').read_text(encoding='utf-8')
     assert set(re.findall(r'\]\(\./([^)]+\.py)\)', readme)) == names
     models = Config.fromfile(folder / 'metafile.yml').Models

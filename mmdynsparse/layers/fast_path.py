@@ -1,5 +1,6 @@
 """Light paths for dropped locations."""
 
+import torch
 from torch import Tensor, nn
 
 from ..registry import MODELS
@@ -11,13 +12,22 @@ class LinearFastPath(nn.Module):
 
     Args:
         embed_dims: Channels C of a token.
+        eps: Of the layer norm. Defaults to 1e-5.
+        layer_scale: Initial value of a LayerScale of its own, as in ConvNeXt. Defaults to None,
+            no LayerScale.
     """
 
-    def __init__(self, embed_dims: int) -> None:
+    def __init__(
+        self, embed_dims: int, eps: float = 1e-5, layer_scale: float | None = None
+    ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(embed_dims)
+        self.norm = nn.LayerNorm(embed_dims, eps=eps)
         self.fc = nn.Linear(embed_dims, embed_dims)
+        self.gamma = None
+        if layer_scale is not None:
+            self.gamma = nn.Parameter(torch.full((embed_dims,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (..., C) to their update (..., C)."""
-        return self.fc(self.norm(x))
+        x = self.fc(self.norm(x))
+        return x if self.gamma is None else x * self.gamma

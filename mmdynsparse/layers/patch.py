@@ -14,14 +14,20 @@ class PatchEmbed(BaseModule):
         embed_dims: Channels C of a token.
         patch_size: Side of a patch, in px.
         norm_cfg: Normalization after the projection, or None.
+        bias: Whether the projection has a bias. Defaults to True.
     """
 
     def __init__(
-        self, in_channels: int, embed_dims: int, patch_size: int, norm_cfg: dict | None
+        self,
+        in_channels: int,
+        embed_dims: int,
+        patch_size: int,
+        norm_cfg: dict | None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.projection = nn.Conv2d(in_channels, embed_dims, patch_size, stride=patch_size)
+        self.projection = nn.Conv2d(in_channels, embed_dims, patch_size, patch_size, bias=bias)
         self.norm = build_norm_layer(norm_cfg, embed_dims)[1] if norm_cfg else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -17,27 +17,42 @@ class LocalGlobalPredictor(nn.Module):
 
     Args:
         embed_dims: Channels C of the map, at least 4.
+        eps: Of the layer norm. Defaults to 1e-5.
 
     Raises:
         ValueError: If ``embed_dims`` is less than 4.
     """
 
-    def __init__(self, embed_dims: int) -> None:
+    def __init__(self, embed_dims: int, eps: float = 1e-5) -> None:
         super().__init__()
         if embed_dims < 4:
             raise ValueError(f'embed_dims must be at least 4, got {embed_dims}')
-        self.norm = nn.LayerNorm(embed_dims)
+        self.norm = nn.LayerNorm(embed_dims, eps=eps)
         self.fc_in = nn.Linear(embed_dims, embed_dims)
         self.fc1 = nn.Linear(embed_dims, embed_dims // 2)
         self.fc2 = nn.Linear(embed_dims // 2, embed_dims // 4)
         self.fc3 = nn.Linear(embed_dims // 4, 2)
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        """Return (B, N, 2) float32 log-probabilities [keep, drop] of tokens (B, N, C)."""
+    def forward(self, x_BNC: Tensor, among_BN: Tensor | None = None) -> Tensor:
+        """Return (B, N, 2) float32 log-probabilities [keep, drop] of tokens (B, N, C).
+
+        Args:
+            x_BNC: Tokens.
+            among_BN: 1 for the tokens over which the mean is taken (DynamicViT: those still
+                kept), 0 for others. Defaults to None, all.
+        """
         x_BNC = F.gelu(self.fc_in(self.norm(x_BNC)))
         local = x_BNC.shape[-1] // 2
         w_local, w_mean = self.fc1.weight.split((local, x_BNC.shape[-1] - local), dim=1)
-        mean_B1C = x_BNC[..., local:].mean(1, keepdim=True)
+        mean_B1C = _mean(x_BNC[..., local:], among_BN)
         h = F.linear(x_BNC[..., :local], w_local) + F.linear(mean_B1C, w_mean, self.fc1.bias)
         h = self.fc3(F.gelu(self.fc2(F.gelu(h))))
         return F.log_softmax(h.float(), dim=-1)
+
+
+def _mean(x_BNC: Tensor, among_BN: Tensor | None) -> Tensor:
+    if among_BN is None:
+        return x_BNC.mean(1, keepdim=True)
+    weights_BN1 = among_BN.to(x_BNC.dtype).unsqueeze(-1)
+    total_B1C = (x_BNC * weights_BN1).sum(1, keepdim=True)
+    return total_B1C / weights_BN1.sum(1, keepdim=True).clamp(min=1)

@@ -1,5 +1,5 @@
 """Model parts that OpenMMLab's registries build."""
 
-from .backbones import SparseSwinTransformer
+from .backbones import SparseConvNeXt, SparseSwinTransformer, SparseVisionTransformer
 
-__all__ = ['SparseSwinTransformer']
+__all__ = ['SparseConvNeXt', 'SparseSwinTransformer', 'SparseVisionTransformer']

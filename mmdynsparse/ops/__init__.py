@@ -4,23 +4,31 @@ from .select import (
     SELECTORS,
     Decision,
     keep_all,
+    num_kept,
     sample_decision,
     select_decision,
     with_positions,
 )
+from .tokens import TokenSubset, policy_softmax, put_tokens, take_tokens, token_subset
 from .two_paths import two_paths
 from .windows import WindowLayout, head_rows, relative_position_index, shift_mask, window_layout
 
 __all__ = [
     'SELECTORS',
     'Decision',
+    'TokenSubset',
     'WindowLayout',
     'head_rows',
     'keep_all',
+    'num_kept',
+    'policy_softmax',
+    'put_tokens',
     'relative_position_index',
     'sample_decision',
     'select_decision',
     'shift_mask',
+    'take_tokens',
+    'token_subset',
     'two_paths',
     'window_layout',
     'with_positions',

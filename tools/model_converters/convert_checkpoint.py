@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from mmengine.runner import CheckpointLoader
 
-from mmdynsparse.utils.checkpoint import CONVERTERS, convert_checkpoint
+from mmdynsparse.utils import convert_checkpoint
 from mmdynsparse.utils.input_checks import check_checkpoint
 from mmdynsparse.utils.launch import ToolParser, one_line_errors
+from mmdynsparse.utils.layouts import SOURCES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,9 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ToolParser(description='Convert a checkpoint to the names of our backbones')
     parser.add_argument('src', help='checkpoint to read')
     parser.add_argument('dst', help='checkpoint to write')
-    parser.add_argument(
-        '--source', choices=tuple(CONVERTERS), required=True, help='code base of SRC'
-    )
+    parser.add_argument('--source', choices=SOURCES, required=True, help='code base of SRC')
     args = parser.parse(argv)
     with one_line_errors():
         checkpoint = check_checkpoint('src', args.src)

@@ -1,7 +1,10 @@
 """What every sparse backbone shares: keep ratios, execution and the decisions it made."""
 
 import logging
+import re
+import warnings
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -33,11 +36,16 @@ class SparseBackbone(BaseModule):
         init_cfg: As in every OpenMMLab module. Defaults to None.
     """
 
+    # Parts of ``sparsity`` that differ from the general defaults in this family.
+    default_parts: ClassVar[Mapping] = {}
+
     def __init__(
         self, sparsity: Mapping | None, depths: Sequence[int], init_cfg: dict | None = None
     ) -> None:
         super().__init__(init_cfg)
-        self.sparsity = None if sparsity is None else Sparsity.from_cfg(sparsity, depths)
+        self.sparsity = None
+        if sparsity is not None:
+            self.sparsity = Sparsity.from_cfg({**self.default_parts, **sparsity}, depths)
         self.keep_ratios: list[float] = []
         if self.sparsity is not None:
             self.set_keep_ratio(self.sparsity.keep_ratio)
@@ -110,6 +118,13 @@ class SparseBackbone(BaseModule):
                 level=logging.WARNING,
             )
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Leave out the norms of outputs that this model does not have."""
+        for name in [k for k in state_dict if re.match(r'norm\d\.', k.removeprefix(prefix))]:
+            if name.startswith(prefix) and not hasattr(self, name[len(prefix) :].split('.')[0]):
+                del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict:
         """Copies and pickles leave the last forward's decisions, and their graph, behind."""
         return {**self.__dict__, 'decisions': []}
@@ -118,3 +133,56 @@ class SparseBackbone(BaseModule):
 def build_part(cfg: dict, embed_dims: int) -> nn.Module:
     """Build a predictor or fast path for ``embed_dims`` channels."""
     return MODELS.build({**cfg, 'embed_dims': embed_dims})
+
+
+def freeze(module: nn.Module) -> None:
+    """Put a module in eval mode and stop its gradients."""
+    module.eval()
+    module.requires_grad_(False)
+
+
+def may_be_new(name: str) -> bool:
+    """Whether a parameter may be missing in a dense checkpoint: sparse parts, output norms."""
+    return re.search(r'(^|\.)predictors\.|\.fast_path\.|^norm\d\.', name) is not None
+
+
+def check_stages(
+    out_indices: Sequence[int],
+    frozen_stages: int,
+    depths: Sequence[int],
+    sparsity: Sparsity | None,
+) -> None:
+    """Check what refers to stages.
+
+    Raises:
+        ValueError: If an output, the number of frozen stages or a predictor is outside the stages
+            that there are, or that an output depends on.
+    """
+    if not out_indices or not all(0 <= i < len(depths) for i in out_indices):
+        raise ValueError(f'out_indices must be in 0 to {len(depths) - 1}, got {out_indices}')
+    if not -1 <= frozen_stages <= len(depths):
+        raise ValueError(f'frozen_stages must be in -1 to {len(depths)}, got {frozen_stages}')
+    last = max(out_indices)
+    if sparsity is not None and max(sparsity.locations) > last:
+        raise ValueError(
+            f'sparsity.locations takes stages up to the last output, {last}, '
+            f'got stage {max(sparsity.locations)}'
+        )
+
+
+def checkpoint_cfg(init_cfg: dict | None, pretrained: str | None = None) -> dict | None:
+    """Return the ``init_cfg`` of a backbone that may still be given ``pretrained``.
+
+    Raises:
+        ValueError: If both are given, or one of them names no checkpoint.
+    """
+    if pretrained is not None:
+        if init_cfg is not None or not isinstance(pretrained, str):
+            raise ValueError(f'pretrained must be a str without init_cfg, got {pretrained!r}')
+        warnings.warn('pretrained is deprecated, use init_cfg instead', stacklevel=3)
+        return dict(type='Pretrained', checkpoint=pretrained)
+    if init_cfg is not None and 'checkpoint' not in init_cfg:
+        raise ValueError(
+            f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}"
+        )
+    return init_cfg

@@ -6,8 +6,6 @@ Sparsification* (T-PAMI 2023, arXiv 2207.01580). Arguments and state-dict names 
 (``stages.I.predictors.J``) and fast paths (``stages.I.blocks.K.fast_path``).
 """
 
-import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -25,8 +23,14 @@ from ...layers import PatchEmbed, PatchMerging, ShiftWindowMSA
 from ...ops import Decision, two_paths
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained, resize_bias_table, resize_pos_embed
-from ..sparsity import Sparsity
-from .sparse_backbone import SparseBackbone, build_part
+from .sparse_backbone import (
+    SparseBackbone,
+    build_part,
+    check_stages,
+    checkpoint_cfg,
+    freeze,
+    may_be_new,
+)
 
 Decide = Callable[[Tensor, tuple[int, int], nn.Module], Decision]
 
@@ -230,9 +234,10 @@ class SparseSwinTransformer(SparseBackbone):
         init_cfg: dict | None = None,
         sparsity: Mapping | None = None,
     ) -> None:
-        super().__init__(sparsity, depths, _init_cfg(init_cfg, pretrained))
-        _check_args(patch_size, strides, frozen_stages, depths)
-        _check_outputs(out_indices, depths, self.sparsity)
+        super().__init__(sparsity, depths, checkpoint_cfg(init_cfg, pretrained))
+        if strides[0] != patch_size:
+            raise ValueError(f'strides[0] must equal patch_size {patch_size}, got {strides[0]}')
+        check_stages(out_indices, frozen_stages, depths, self.sparsity)
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.convert_weights = convert_weights
@@ -306,14 +311,14 @@ class SparseSwinTransformer(SparseBackbone):
 
     def _freeze(self) -> None:
         if self.frozen_stages >= 0:
-            _freeze(self.patch_embed)
+            freeze(self.patch_embed)
             self.drop_after_pos.eval()
             if self.use_abs_pos_embed:
                 self.absolute_pos_embed.requires_grad = False
         for i in range(self.frozen_stages):
-            _freeze(self.stages[i])
+            freeze(self.stages[i])
             if i in self.out_indices:
-                _freeze(getattr(self, f'norm{i}'))
+                freeze(getattr(self, f'norm{i}'))
         # What no output depends on never gets a gradient, which distributed training refuses.
         last = max(self.out_indices)
         for part in (self.stages[last].downsample, *self.stages[last + 1 :]):
@@ -333,7 +338,7 @@ class SparseSwinTransformer(SparseBackbone):
             print_log(f'{type(self).__name__} starts from random weights', logger='current')
             return
         source = 'swin' if self.convert_weights else 'mmdet'
-        load_pretrained(self, self.init_cfg['checkpoint'], source, _may_be_new)
+        load_pretrained(self, self.init_cfg['checkpoint'], source, may_be_new)
         # ``convert_weights`` is mmdet's, and mmdet shifts the windows of small maps.
         if self.convert_weights:
             self._shift_small_maps(True)
@@ -344,13 +349,11 @@ class SparseSwinTransformer(SparseBackbone):
                 m.shift_small_maps = shift
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
-        """Fit a checkpoint of another window or image size, or with norms of other outputs."""
+        """Fit a checkpoint of another window or image size."""
         self._shift_small_maps(local_metadata.get('shift_small_maps', True))
         own = {prefix + k: v for k, v in self.state_dict().items()}
         for name in [k for k in state_dict if k.startswith(prefix)]:
-            if re.fullmatch(r'norm\d\.\w+', name[len(prefix) :]) and name not in own:
-                del state_dict[name]
-            elif name not in own or state_dict[name].shape == own[name].shape:
+            if name not in own or state_dict[name].shape == own[name].shape:
                 continue
             elif name.endswith('absolute_pos_embed'):
                 side = int(state_dict[name].shape[1] ** 0.5)
@@ -368,44 +371,3 @@ class SparseSwinTransformer(SparseBackbone):
         if hasattr(destination, '_metadata'):
             shift = self.stages[0].blocks[0].attn.shift_small_maps
             destination._metadata[prefix[:-1]]['shift_small_maps'] = shift
-
-
-def _init_cfg(init_cfg: dict | None, pretrained: str | None) -> dict | None:
-    if pretrained is not None:
-        if init_cfg is not None or not isinstance(pretrained, str):
-            raise ValueError(f'pretrained must be a str without init_cfg, got {pretrained!r}')
-        warnings.warn('pretrained is deprecated, use init_cfg instead', stacklevel=3)
-        return dict(type='Pretrained', checkpoint=pretrained)
-    if init_cfg is not None and 'checkpoint' not in init_cfg:
-        raise ValueError(
-            f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}"
-        )
-    return init_cfg
-
-
-def _check_args(patch_size: int, strides: Sequence, frozen_stages: int, depths: Sequence) -> None:
-    if strides[0] != patch_size:
-        raise ValueError(f'strides[0] must equal patch_size {patch_size}, got {strides[0]}')
-    if not -1 <= frozen_stages <= len(depths):
-        raise ValueError(f'frozen_stages must be in -1 to {len(depths)}, got {frozen_stages}')
-
-
-def _check_outputs(out_indices: Sequence, depths: Sequence, sparsity: Sparsity | None) -> None:
-    if not out_indices or not all(0 <= i < len(depths) for i in out_indices):
-        raise ValueError(f'out_indices must be in 0 to {len(depths) - 1}, got {out_indices}')
-    last = max(out_indices)
-    if sparsity is not None and max(sparsity.locations) > last:
-        raise ValueError(
-            f'sparsity.locations takes stages up to the last output, {last}, '
-            f'got stage {max(sparsity.locations)}'
-        )
-
-
-def _freeze(module: nn.Module) -> None:
-    module.eval()
-    module.requires_grad_(False)
-
-
-def _may_be_new(name: str) -> bool:
-    """Whether a parameter may be missing in a dense checkpoint: sparse parts, output norms."""
-    return 'predictors.' in name or '.fast_path.' in name or re.match(r'norm\d\.', name) is not None

@@ -1,0 +1,7 @@
+_base_ = [
+    '../_base_/models/upernet_sparse-convnext-s.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/schedules/seg_amp-160k_layer-decay.py',
+    '../_base_/seg_runtime.py',
+]
+optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

@@ -1,0 +1,7 @@
+_base_ = [
+    '../_base_/models/upernet_sparse-deit-s_mln.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/schedules/seg_80k_vit.py',
+    '../_base_/seg_runtime.py',
+]
+model = dict(neck=None)

@@ -1,0 +1,58 @@
+"""Self-attention over a sequence with the parameters of OpenMMLab's vision transformers."""
+
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ..ops import policy_softmax
+
+
+class TokenMSA(BaseModule):
+    """Multi-head self-attention, over all tokens or over the kept ones.
+
+    Args:
+        embed_dims: Channels C.
+        num_heads: Attention heads, a divisor of C.
+        attn_drop_rate: Dropout of the attention weights. Defaults to 0.
+        proj_drop_rate: Dropout of the output. Defaults to 0.
+        qkv_bias: Whether the projections have a bias. Defaults to True.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        # Holds the parameters under mmcv's names; its own forward is not used.
+        self.attn = nn.MultiheadAttention(embed_dims, num_heads, attn_drop_rate, bias=qkv_bias)
+        self.proj_drop = nn.Dropout(proj_drop_rate)
+
+    def forward(
+        self, x_BTC: Tensor, policy_BT: Tensor | None = None, valid_BT: Tensor | None = None
+    ) -> Tensor:
+        """Return the attended tokens (B, T, C).
+
+        Args:
+            x_BTC: Tokens.
+            policy_BT: 1 for tokens that may be attended, 0 for those that only see themselves
+                (training), with a gradient. Defaults to None, all.
+            valid_BT: False for tokens that are not there, which nobody attends. Defaults to None.
+        """
+        m = self.attn
+        qkv = F.linear(x_BTC, m.in_proj_weight, m.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, m.num_heads, m.head_dim)).permute(2, 0, 3, 1, 4)
+        if policy_BT is None:
+            valid = None if valid_BT is None else valid_BT[:, None, None, :]
+            drop = m.dropout if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid, dropout_p=drop)
+        else:
+            logits = (q * m.head_dim**-0.5) @ k.transpose(-2, -1)
+            # The epsilon is there for the gradient only.
+            eps = 1e-6 if self.training else 0.0
+            weights = policy_softmax(logits, policy_BT, eps).to(v.dtype)
+            out = F.dropout(weights, m.dropout, self.training) @ v
+        return self.proj_drop(m.out_proj(out.transpose(1, 2).flatten(2)))

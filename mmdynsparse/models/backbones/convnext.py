@@ -1,0 +1,290 @@
+"""Sparse ConvNeXt.
+
+Sources: Liu et al., *A ConvNet for the 2020s* (arXiv 2201.03545); Rao et al., *Dynamic Spatial
+Sparsification* (T-PAMI 2023, arXiv 2207.01580). Arguments and state-dict names are those of
+``ConvNeXt`` in mmpretrain, which the ConvNeXt configs of mmseg and mmdet use; mmpretrain itself is
+not needed. What is added are predictors (``predictors.J``) and fast paths
+(``stages.I.K.fast_path``).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+import torch.utils.checkpoint as cp
+from mmcv.cnn import build_activation_layer
+from mmcv.cnn.bricks.drop import DropPath
+from mmengine.model import BaseModule, ModuleList
+from mmengine.model.weight_init import constant_init, trunc_normal_init
+from torch import Tensor, nn
+
+from ...layers import LayerNorm2d
+from ...ops import Decision, two_paths
+from ...registry import MODELS
+from ...utils.checkpoint import load_pretrained
+from .sparse_backbone import (
+    SparseBackbone,
+    build_part,
+    check_stages,
+    checkpoint_cfg,
+    freeze,
+    may_be_new,
+)
+
+ARCHS = {
+    'atto': ((2, 2, 6, 2), (40, 80, 160, 320)),
+    'femto': ((2, 2, 6, 2), (48, 96, 192, 384)),
+    'pico': ((2, 2, 6, 2), (64, 128, 256, 512)),
+    'nano': ((2, 2, 8, 2), (80, 160, 320, 640)),
+    'tiny': ((3, 3, 9, 3), (96, 192, 384, 768)),
+    'small': ((3, 3, 27, 3), (96, 192, 384, 768)),
+    'base': ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    'large': ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    'xlarge': ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+    'huge': ((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+
+
+class ConvNeXtBlock(BaseModule):
+    """Depthwise convolution everywhere, then MLP (slow) or fast path for each location.
+
+    Args:
+        channels: Channels C of the map.
+        act_cfg: Activation of the MLP.
+        eps: Of the layer norm.
+        drop_path_rate: Stochastic depth.
+        layer_scale_init_value: Initial LayerScale of the MLP; 0 leaves it out.
+        with_cp: Whether activations are recomputed in the backward pass.
+        fast_path: Config of the fast path, or None for a block that is never sparse or whose
+            dropped locations stay as they are.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        act_cfg: dict,
+        eps: float,
+        drop_path_rate: float,
+        layer_scale_init_value: float,
+        with_cp: bool,
+        fast_path: dict | None,
+    ) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = LayerNorm2d(channels, eps=eps)
+        self.pointwise_conv1 = nn.Linear(channels, 4 * channels)
+        self.act = build_activation_layer(act_cfg)
+        self.pointwise_conv2 = nn.Linear(4 * channels, channels)
+        self.gamma = None
+        if layer_scale_init_value > 0:
+            self.gamma = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
+        self.fast_path = build_part(fast_path, channels) if fast_path else None
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, decision: Decision | None, gather: bool) -> Tensor:
+        """Return the block's output for maps (B, C, H, W); without a decision it is dense."""
+        if self.with_cp and x.requires_grad:
+            return cp.checkpoint(self._forward, x, decision, gather, use_reentrant=False)
+        return self._forward(x, decision, gather)
+
+    def _forward(self, x: Tensor, decision: Decision | None, gather: bool) -> Tensor:
+        mixed_BHWC = self.depthwise_conv(x).permute(0, 2, 3, 1)
+        if decision is None or (decision.keeps_all and not self.training):
+            update_BHWC = self._slow_path(mixed_BHWC)
+        else:
+            update_BNC = two_paths(
+                mixed_BHWC.flatten(1, 2), self._slow_path, self.fast_path, decision, gather
+            )
+            update_BHWC = update_BNC.view(mixed_BHWC.shape)
+        return x + self.drop_path(update_BHWC.permute(0, 3, 1, 2))
+
+    def _slow_path(self, x: Tensor) -> Tensor:
+        x = self.norm.over_last(x)
+        x = self.pointwise_conv2(self.act(self.pointwise_conv1(x)))
+        return x if self.gamma is None else x * self.gamma
+
+
+@MODELS.register_module()
+class SparseConvNeXt(SparseBackbone):
+    """ConvNeXt that sends a part of its locations through the MLPs.
+
+    Maps are kept channels last in memory, so that a location's channels are contiguous.
+
+    Args:
+        arch: A name ('tiny', 'small', 'base', 'large', ...) or dict(depths=..., channels=...).
+            Defaults to 'tiny'.
+        in_channels: Channels of the image. Defaults to 3.
+        stem_patch_size: Side of a patch, in px. Defaults to 4.
+        norm_cfg: Only 'LN2d'. Defaults to dict(type='LN2d', eps=1e-6).
+        act_cfg: Activation. Defaults to dict(type='GELU').
+        linear_pw_conv: Only True: pointwise convolutions are linear layers. Defaults to True.
+        use_grn: Only False: the norm of ConvNeXt V2 needs all locations. Defaults to False.
+        drop_path_rate: Stochastic depth of the last block, linear in depth. Defaults to 0.
+        layer_scale_init_value: Initial LayerScale; 0 leaves it out. Defaults to 1e-6.
+        out_indices: Stage or stages whose output is returned; negative ones count from the end.
+            Defaults to -1.
+        frozen_stages: Number of stages to freeze, with the layers before them. Defaults to 0.
+        gap_before_final_norm: Whether outputs are averaged over the map before their norm, as for
+            classification. Defaults to True.
+        with_cp: Whether blocks recompute their activations in the backward pass. Defaults to
+            False.
+        init_cfg: None or dict(type='Pretrained', checkpoint=...). Defaults to None.
+        sparsity: Where and how much the model is sparse, see
+            :class:`~mmdynsparse.models.sparsity.Sparsity`; None is the dense model. Defaults to
+            None.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    default_parts: ClassVar = dict(
+        predictor=dict(type='mmdynsparse.LocalGlobalPredictor', eps=1e-6),
+        fast_path=dict(type='mmdynsparse.LinearFastPath', eps=1e-6, layer_scale=1e-6),
+    )
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        stem_patch_size: int = 4,
+        norm_cfg: dict | None = None,
+        act_cfg: dict | None = None,
+        linear_pw_conv: bool = True,
+        use_grn: bool = False,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        out_indices: int | Sequence[int] = -1,
+        frozen_stages: int = 0,
+        gap_before_final_norm: bool = True,
+        with_cp: bool = False,
+        init_cfg: dict | None = None,
+        sparsity: Mapping | None = None,
+    ) -> None:
+        depths, channels = _arch(arch)
+        super().__init__(sparsity, depths, checkpoint_cfg(init_cfg))
+        eps = _norm_eps(norm_cfg or dict(type='LN2d', eps=1e-6))
+        _check_fixed('linear_pw_conv', linear_pw_conv, True)
+        _check_fixed('use_grn', use_grn, False)
+        self.out_indices = _out_indices(out_indices, len(depths))
+        check_stages(self.out_indices, frozen_stages, depths, self.sparsity)
+        self.frozen_stages = frozen_stages
+        self.gap_before_final_norm = gap_before_final_norm
+
+        stem = nn.Conv2d(in_channels, channels[0], stem_patch_size, stride=stem_patch_size)
+        self.downsample_layers = ModuleList([nn.Sequential(stem, LayerNorm2d(channels[0], eps))])
+        for c_in, c_out in pairwise(channels):
+            merge = nn.Sequential(LayerNorm2d(c_in, eps), nn.Conv2d(c_in, c_out, 2, stride=2))
+            self.downsample_layers.append(merge)
+
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stages = ModuleList()
+        self.predictors = ModuleList()
+        for i, (depth, c) in enumerate(zip(depths, channels, strict=True)):
+            locations = self.stage_locations(i)
+            first_sparse = min(locations, default=depth)
+            blocks = [
+                ConvNeXtBlock(
+                    c,
+                    act_cfg=act_cfg or dict(type='GELU'),
+                    eps=eps,
+                    drop_path_rate=next(rates),
+                    layer_scale_init_value=layer_scale_init_value,
+                    with_cp=with_cp,
+                    fast_path=self.sparsity.fast_path if j >= first_sparse else None,
+                )
+                for j in range(depth)
+            ]
+            self.stages.append(ModuleList(blocks))
+            self.predictors.extend(build_part(self.sparsity.predictor, c) for _ in locations)
+            if i in self.out_indices:
+                self.add_module(f'norm{i}', LayerNorm2d(c, eps))
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
+
+        With ``gap_before_final_norm`` they are vectors (B, C_i). The decisions made on the way
+        are in ``decisions`` afterwards.
+        """
+        self.start_decisions()
+        x = x.contiguous(memory_format=torch.channels_last)
+        predictors = iter(self.predictors)
+        outs = []
+        for i in range(max(self.out_indices) + 1):
+            x = self._stage(self.downsample_layers[i](x), i, predictors)
+            if i in self.out_indices:
+                outs.append(self._output(x, getattr(self, f'norm{i}')))
+        return tuple(outs)
+
+    def _stage(self, x: Tensor, i: int, predictors: Iterator[nn.Module]) -> Tensor:
+        decision = None
+        gather = self.gathers(self.stages[i].training)
+        for j, block in enumerate(self.stages[i]):
+            if j in self.stage_locations(i):
+                tokens_BNC = x.permute(0, 2, 3, 1).flatten(1, 2)
+                decision = self.decide(tokens_BNC, tuple(x.shape[2:]), next(predictors))
+            x = block(x, decision, gather)
+        return x
+
+    def _output(self, x: Tensor, norm: nn.Module) -> Tensor:
+        if self.gap_before_final_norm:
+            return norm(x.mean((2, 3), keepdim=True)).flatten(1)
+        return norm(x)
+
+    def train(self, mode: bool = True) -> 'SparseConvNeXt':
+        """Set the training mode; frozen stages stay in eval mode, without gradients."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        predictors = iter(self.predictors)
+        for i, (downsample, stage) in enumerate(
+            zip(self.downsample_layers, self.stages, strict=True)
+        ):
+            parts = [downsample, stage, *(next(predictors) for _ in self.stage_locations(i))]
+            for part in parts:
+                if i < self.frozen_stages:
+                    freeze(part)
+                elif i > max(self.out_indices):
+                    # No output depends on it, which distributed training refuses.
+                    part.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Initialize as ConvNeXt does, then load the checkpoint of ``init_cfg`` if there is one."""
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                trunc_normal_init(m, std=0.02, bias=0.0)
+            elif isinstance(m, nn.LayerNorm):
+                constant_init(m, val=1.0, bias=0.0)
+        if self.init_cfg is not None:
+            load_pretrained(self, self.init_cfg['checkpoint'], 'mmpretrain', may_be_new)
+
+
+def _arch(arch: str | dict) -> tuple[Sequence[int], Sequence[int]]:
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(f'arch must be one of {tuple(ARCHS)} or a dict, got {arch!r}')
+        return ARCHS[arch]
+    if not {'depths', 'channels'} <= set(arch) or len(arch['depths']) != len(arch['channels']):
+        raise ValueError(f'arch must have depths and channels of the same length, got {arch}')
+    return tuple(arch['depths']), tuple(arch['channels'])
+
+
+def _norm_eps(norm_cfg: dict) -> float:
+    _check_fixed("norm_cfg['type']", norm_cfg.get('type'), 'LN2d')
+    return norm_cfg.get('eps', 1e-6)
+
+
+def _check_fixed(name: str, value: object, allowed: object) -> None:
+    if value != allowed:
+        raise ValueError(f'{name} must be {allowed!r}, got {value!r}')
+
+
+def _out_indices(out_indices: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    if not given or not all(-stages <= i < stages for i in given):
+        raise ValueError(f'out_indices must be in {-stages} to {stages - 1}, got {out_indices}')
+    return tuple(i % stages for i in given)

@@ -1,0 +1,417 @@
+"""Sparse vision transformer (DynamicViT).
+
+Sources: Dosovitskiy et al., *An Image is Worth 16x16 Words* (arXiv 2010.11929); Rao et al.,
+*DynamicViT* (NeurIPS 2021); Liu et al., *Revisiting Token Pruning for Object Detection and
+Instance Segmentation* (SViT, arXiv 2306.07050) for reactivation. Arguments and state-dict names
+are those of ``VisionTransformer`` in mmsegmentation 1.x; what is added are ``predictors.J``.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.utils.checkpoint as cp
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import FFN
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, ModuleList
+from mmengine.model.weight_init import constant_init, kaiming_init, trunc_normal_
+from mmengine.utils import to_2tuple
+from torch import Tensor, nn
+
+from ...layers import PatchEmbed, TokenMSA
+from ...ops import (
+    TokenSubset,
+    keep_all,
+    num_kept,
+    put_tokens,
+    sample_decision,
+    select_decision,
+    take_tokens,
+    token_subset,
+)
+from ...registry import MODELS
+from ...utils.checkpoint import load_pretrained, resize_pos_embed
+from .sparse_backbone import SparseBackbone, build_part, checkpoint_cfg, may_be_new
+
+
+class TransformerEncoderLayer(BaseModule):
+    """Attention and FFN over all tokens, or over the kept ones.
+
+    Args:
+        embed_dims: Channels C.
+        num_heads: Attention heads.
+        feedforward_channels: Hidden channels of the FFN.
+        norm_cfg: Normalization.
+        qkv_bias: Whether the projections of the attention have a bias.
+        drop_rate: Dropout of the outputs.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth of the FFN.
+        act_cfg: Activation of the FFN.
+        num_fcs: Linear layers of the FFN.
+        with_cp: Whether activations are recomputed in the backward pass.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        feedforward_channels: int,
+        norm_cfg: dict,
+        qkv_bias: bool,
+        drop_rate: float,
+        attn_drop_rate: float,
+        drop_path_rate: float,
+        act_cfg: dict,
+        num_fcs: int,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.attn = TokenMSA(embed_dims, num_heads, attn_drop_rate, drop_rate, qkv_bias)
+        self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.ffn = FFN(
+            embed_dims,
+            feedforward_channels,
+            num_fcs=num_fcs,
+            ffn_drop=drop_rate,
+            dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
+            act_cfg=act_cfg,
+        )
+
+    def forward(
+        self, x_BTC: Tensor, policy_BT: Tensor | None = None, valid_BT: Tensor | None = None
+    ) -> Tensor:
+        """Return the tokens (B, T, C) after the layer.
+
+        Args:
+            x_BTC: Tokens.
+            policy_BT: 1 for kept tokens, 0 for dropped ones, which nobody attends and which stay
+                as they are (masked execution). Defaults to None, all are kept.
+            valid_BT: False for tokens that are not there (gathered execution of a batch whose
+                images keep different numbers). Defaults to None.
+        """
+        if self.with_cp and x_BTC.requires_grad:
+            return cp.checkpoint(self._forward, x_BTC, policy_BT, valid_BT, use_reentrant=False)
+        return self._forward(x_BTC, policy_BT, valid_BT)
+
+    def _forward(self, x: Tensor, policy_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor:
+        y = x + self.attn(self.ln1(x), policy_BT, valid_BT)
+        y = self.ffn(self.ln2(y), identity=y)
+        return y if policy_BT is None else torch.lerp(x, y, policy_BT.unsqueeze(-1).to(y.dtype))
+
+
+@MODELS.register_module()
+class SparseVisionTransformer(SparseBackbone):
+    """Vision transformer whose dropped tokens leave the sequence.
+
+    A dropped token is attended by nobody and keeps its last value, so that the maps returned are
+    whole. A predictor decides among the tokens that are still kept, so keep ratios must not rise;
+    with ``reactivate`` it decides among all, and a token that skipped layers may come back.
+
+    Args:
+        img_size: Image size (px) of the position embedding. Defaults to 224.
+        patch_size: Side of a patch, in px. Defaults to 16.
+        patch_pad: Only 'corner': images are padded at the right and the bottom. Defaults to
+            'corner'.
+        in_channels: Channels of the image. Defaults to 3.
+        embed_dims: Channels. Defaults to 768.
+        num_layers: Layers. Defaults to 12.
+        num_heads: Attention heads. Defaults to 12.
+        mlp_ratio: Hidden channels of an FFN per channel. Defaults to 4.
+        out_origin: Whether the embedded patches are returned first. Defaults to False.
+        out_indices: Layers whose output is returned, -1 for the last. Defaults to -1.
+        qkv_bias: Whether the projections of the attention have a bias. Defaults to True.
+        drop_rate: Dropout. Defaults to 0.
+        attn_drop_rate: Dropout of the attention weights. Defaults to 0.
+        drop_path_rate: Stochastic depth of the last layer, linear in depth. Defaults to 0.
+        with_cls_token: Whether the class token is part of the sequence. Defaults to True.
+        output_cls_token: Whether outputs are pairs of map and class token. Defaults to False.
+        norm_cfg: Normalization. Defaults to dict(type='LN').
+        act_cfg: Activation. Defaults to dict(type='GELU').
+        patch_norm: Whether the patch embedding has a norm. Defaults to False.
+        patch_bias: Whether its projection has a bias. Defaults to False.
+        pre_norm: Whether there is a norm before the layers. Defaults to False.
+        final_norm: Whether there is a norm after the last layer. Defaults to False.
+        interpolate_mode: How the position embedding is resized. Defaults to 'bicubic'.
+        num_fcs: Linear layers of an FFN. Defaults to 2.
+        norm_eval: Kept for its name; layer norms do not depend on it. Defaults to False.
+        with_cp: Whether layers recompute their activations in the backward pass. Defaults to
+            False.
+        frozen_exclude: Parts of the names of parameters that learn; 'all' for all. Defaults to
+            ('all',).
+        pretrained: Deprecated, use ``init_cfg``. Defaults to None.
+        init_cfg: None or dict(type='Pretrained', checkpoint=...). Defaults to None.
+        sparsity: See :class:`~mmdynsparse.models.sparsity.Sparsity`, without ``fast_path``; all
+            layers are stage 0, the schedule defaults to 'power' and the locations to a quarter,
+            half and three quarters of the depth. None is the dense model. Defaults to None.
+        reactivate: See above. Defaults to False.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        patch_pad: str = 'corner',
+        in_channels: int = 3,
+        embed_dims: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: int = 4,
+        out_origin: bool = False,
+        out_indices: int | Sequence[int] = -1,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        with_cls_token: bool = True,
+        output_cls_token: bool = False,
+        norm_cfg: dict | None = None,
+        act_cfg: dict | None = None,
+        patch_norm: bool = False,
+        patch_bias: bool = False,
+        pre_norm: bool = False,
+        final_norm: bool = False,
+        interpolate_mode: str = 'bicubic',
+        num_fcs: int = 2,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        frozen_exclude: Sequence[str] = ('all',),
+        pretrained: str | None = None,
+        init_cfg: dict | None = None,
+        sparsity: Mapping | None = None,
+        reactivate: bool = False,
+    ) -> None:
+        if sparsity is not None:
+            places = tuple(num_layers * i // 4 for i in (1, 2, 3))
+            sparsity = dict(locations={0: places}, schedule='power', fast_path=None) | sparsity
+        super().__init__(sparsity, (num_layers,), checkpoint_cfg(init_cfg, pretrained))
+        norm_cfg = norm_cfg or dict(type='LN')
+        act_cfg = act_cfg or dict(type='GELU')
+        if patch_pad != 'corner':
+            raise ValueError(f"patch_pad must be 'corner', got {patch_pad!r}")
+        if output_cls_token and not with_cls_token:
+            raise ValueError('output_cls_token needs with_cls_token, got with_cls_token=False')
+        self.out_indices = _out_indices(out_indices, num_layers)
+        self._check_sparsity(reactivate)
+        self.reactivate = reactivate
+        self.out_origin = out_origin
+        self.with_cls_token = with_cls_token
+        self.output_cls_token = output_cls_token
+        self.interpolate_mode = interpolate_mode
+        self.frozen_exclude = tuple(frozen_exclude)
+        self.pos_hw = tuple(s // patch_size for s in to_2tuple(img_size))
+
+        patch_norm_cfg = norm_cfg if patch_norm else None
+        self.patch_embed = PatchEmbed(
+            in_channels, embed_dims, patch_size, patch_norm_cfg, bias=patch_bias
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
+        num_patches = self.pos_hw[0] * self.pos_hw[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dims))
+        self.drop_after_pos = nn.Dropout(drop_rate)
+        self.ln_pre = build_norm_layer(norm_cfg, embed_dims)[1] if pre_norm else None
+        self.layers = ModuleList(
+            TransformerEncoderLayer(
+                embed_dims,
+                num_heads,
+                mlp_ratio * embed_dims,
+                norm_cfg=norm_cfg,
+                qkv_bias=qkv_bias,
+                drop_rate=drop_rate,
+                attn_drop_rate=attn_drop_rate,
+                drop_path_rate=rate,
+                act_cfg=act_cfg,
+                num_fcs=num_fcs,
+                with_cp=with_cp,
+            )
+            for rate in torch.linspace(0, drop_path_rate, num_layers).tolist()
+        )
+        self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1] if final_norm else None
+        self.predictors = ModuleList(
+            build_part(self.sparsity.predictor, embed_dims) for _ in self.stage_locations(0)
+        )
+        self._freeze()
+
+    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
+        """Change the keep ratios, shares of all tokens, of the built model.
+
+        Raises:
+            ValueError: As in the base class, or if ratios rise without ``reactivate``.
+        """
+        before = self.keep_ratios
+        super().set_keep_ratio(keep_ratio)
+        if hasattr(self, 'reactivate'):
+            try:
+                self._check_sparsity(self.reactivate)
+            except ValueError:
+                self.keep_ratios = before
+                raise
+
+    def forward(self, x: Tensor) -> tuple:
+        """Return the maps (B, C, H, W) of ``out_indices`` for images (B, C, H, W).
+
+        With ``output_cls_token`` each is a list of the map and the class token (B, C). The
+        decisions made on the way are in ``decisions`` afterwards.
+        """
+        self.start_decisions()
+        whole, hw = self._embed(x)
+        outs = [self._output(whole, hw)] if self.out_origin else []
+        locations = self.stage_locations(0)
+        gather = self.gathers(self.training)
+        tokens, subset, policy = whole, None, None
+        for i, layer in enumerate(self.layers[: max(self.out_indices) + 1]):
+            if i in locations:
+                whole = tokens if subset is None else put_tokens(whole, tokens, subset)
+                predictor = self.predictors[locations.index(i)]
+                tokens, subset, policy = self._drop(whole, hw, predictor, subset, gather)
+            if tokens.shape[1] > 0:
+                tokens = layer(tokens, policy, None if subset is None else subset.valid)
+            if i in self.out_indices:
+                out = tokens if subset is None else put_tokens(whole, tokens, subset)
+                last = i == len(self.layers) - 1
+                outs.append(self._output(self.ln1(out) if last and self.ln1 else out, hw))
+        return tuple(outs)
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x, hw = self.patch_embed(x)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        cls_pos, pos = self.pos_embed.split((1, self.pos_embed.shape[1] - 1), dim=1)
+        pos = resize_pos_embed(pos, self.pos_hw, hw, self.interpolate_mode)
+        x = self.drop_after_pos(x + torch.cat((cls_pos, pos), dim=1))
+        x = x if self.with_cls_token else x[:, 1:]
+        return (x if self.ln_pre is None else self.ln_pre(x)), hw
+
+    def _drop(
+        self,
+        whole_BTC: Tensor,
+        hw: tuple[int, int],
+        predictor: nn.Module,
+        subset: TokenSubset | None,
+        gather: bool,
+    ) -> tuple[Tensor, TokenSubset | None, Tensor | None]:
+        """Decide, and return the tokens that go on with their places or their policy."""
+        ratio = self.keep_ratios[len(self.decisions)]
+        if ratio >= 1 and not self.training:
+            self.decisions.append(keep_all(whole_BTC[:, self.with_cls_token :], hw))
+            return whole_BTC, None, None
+        among_BN = None
+        if self.decisions and not self.reactivate:
+            among_BN = self.decisions[-1].mask
+        log_probs = self._score(whole_BTC, predictor, among_BN, subset)
+        if self.training:
+            decision = sample_decision(log_probs, hw, ratio)
+            if among_BN is not None:
+                decision = decision._replace(mask=decision.mask * among_BN)
+        else:
+            if among_BN is not None:
+                log_probs = log_probs.masked_fill(among_BN.unsqueeze(-1) == 0, -torch.inf)
+            decision = select_decision(log_probs, hw, ratio, self.sparsity.selector, gather=False)
+        self.decisions.append(decision)
+        # The class token is always kept.
+        mask_BT = nn.functional.pad(decision.mask, (int(self.with_cls_token), 0), value=1.0)
+        if not gather:
+            return whole_BTC, None, mask_BT
+        fixed = not self.training and self.sparsity.selector == 'topk'
+        n = decision.mask.shape[1]
+        count = num_kept(n, ratio) + self.with_cls_token if fixed else None
+        subset = token_subset(mask_BT.detach(), count)
+        return take_tokens(whole_BTC, subset), subset, None
+
+    def _score(
+        self,
+        whole_BTC: Tensor,
+        predictor: nn.Module,
+        among_BN: Tensor | None,
+        subset: TokenSubset | None,
+    ) -> Tensor:
+        """Return log-probabilities (B, N, 2); dropped tokens may be left at -inf."""
+        first = int(self.with_cls_token)
+        if among_BN is None or subset is None:
+            return predictor(whole_BTC[:, first:], among_BN)
+        valid = None if subset.valid is None else subset.valid[:, first:]
+        subset = TokenSubset(subset.positions[:, first:] - first, valid)
+        log_probs = predictor(take_tokens(whole_BTC[:, first:], subset), valid)
+        out = log_probs.new_full((*among_BN.shape, 2), -torch.inf)
+        return put_tokens(out, log_probs, subset)
+
+    def _output(self, x_BTC: Tensor, hw: tuple[int, int]) -> Tensor | list[Tensor]:
+        tokens = x_BTC[:, 1:] if self.with_cls_token else x_BTC
+        out = tokens.transpose(1, 2).unflatten(2, hw).contiguous()
+        return [out, x_BTC[:, 0]] if self.output_cls_token else out
+
+    def init_weights(self) -> None:
+        """Initialize as mmseg does, then load the checkpoint of ``init_cfg`` if there is one."""
+        trunc_normal_(self.pos_embed, std=0.02)
+        trunc_normal_(self.cls_token, std=0.02)
+        for name, m in self.named_modules():
+            if isinstance(m, nn.Linear):
+                trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.normal_(m.bias, std=1e-6 if 'ffn' in name else 0.0)
+            elif isinstance(m, nn.Conv2d):
+                kaiming_init(m, mode='fan_in', bias=0.0)
+            elif isinstance(m, nn.LayerNorm):
+                constant_init(m, val=1.0, bias=0.0)
+        if self.init_cfg is not None:
+            load_pretrained(self, self.init_cfg['checkpoint'], 'mmseg', may_be_new)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Fit the position embedding of another image size, and leave out unused parameters.
+
+        mmseg's configs load classification checkpoints into models without their final norm and
+        the bias of the patch embedding.
+        """
+        own = {prefix + name for name, _ in self.named_parameters()}
+        for name in ('ln1.weight', 'ln1.bias', 'patch_embed.projection.bias'):
+            if prefix + name in state_dict and prefix + name not in own:
+                print_log(f'{name} of the checkpoint is not used', 'current', logging.WARNING)
+                del state_dict[prefix + name]
+        name = prefix + 'pos_embed'
+        if name in state_dict and state_dict[name].shape != self.pos_embed.shape:
+            cls_pos, pos = state_dict[name][:, :1], state_dict[name][:, 1:]
+            side = int(pos.shape[1] ** 0.5)
+            pos = resize_pos_embed(pos, (side, side), self.pos_hw, self.interpolate_mode)
+            state_dict[name] = torch.cat((cls_pos, pos), dim=1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _freeze(self) -> None:
+        exclude = self.frozen_exclude
+        for name, p in self.named_parameters():
+            p.requires_grad = 'all' in exclude or any(part in name for part in exclude)
+        # What no output depends on never gets a gradient, which distributed training refuses.
+        last = max(self.out_indices)
+        unused = [*self.layers[last + 1 :], self.ln1 if last < len(self.layers) - 1 else None]
+        for part in unused:
+            if part is not None:
+                part.requires_grad_(False)
+
+    def _check_sparsity(self, reactivate: bool) -> None:
+        if self.sparsity is None:
+            return
+        if self.sparsity.fast_path is not None:
+            raise ValueError(
+                'sparsity.fast_path must be None: dropped tokens leave the sequence, got '
+                f'{self.sparsity.fast_path}'
+            )
+        if max(self.stage_locations(0)) > max(self.out_indices):
+            raise ValueError(
+                f'sparsity.locations[0] takes layers up to the last output, '
+                f'{max(self.out_indices)}, got {self.stage_locations(0)}'
+            )
+        if not reactivate and self.keep_ratios != sorted(self.keep_ratios, reverse=True):
+            raise ValueError(
+                'keep_ratio must not rise from one predictor to the next without reactivate, '
+                f'got {self.keep_ratios}'
+            )
+
+
+def _out_indices(out_indices: int | Sequence[int], layers: int) -> tuple[int, ...]:
+    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    if not given or not all(-1 <= i < layers for i in given):
+        raise ValueError(f'out_indices must be in -1 to {layers - 1}, got {out_indices}')
+    return tuple(i % layers for i in given)

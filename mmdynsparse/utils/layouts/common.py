@@ -1,0 +1,44 @@
+"""What the layouts of all families share."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+StateDict = Mapping[str, Tensor]
+Renames = Sequence[tuple[str, str]]
+
+
+def rename(name: str, renames: Renames) -> str:
+    """Apply regular expressions and their replacements to a name, in order."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def predictor_renames(theirs: str, ours: str) -> Renames:
+    """Names of the published predictors, whose list is called ``theirs``, in ours."""
+    layers = {
+        r'in_conv\.0': 'norm',
+        r'in_conv\.1': 'fc_in',
+        r'out_conv\.0': 'fc1',
+        r'out_conv\.2': 'fc2',
+        r'out_conv\.4': 'fc3',
+    }
+    return [(rf'{theirs}\.(\d+)\.{k}\.', rf'{ours}.\1.{v}.') for k, v in layers.items()]
+
+
+def add_output_norms(out: dict[str, Tensor], first_norm: str) -> None:
+    """Make the final norm that of the last stage; those of the others start as identity.
+
+    Args:
+        out: State dict, changed in place.
+        first_norm: Pattern of the name of one parameter (C,) in each stage.
+    """
+    dims = [v for k, v in out.items() if re.fullmatch(first_norm, k)]
+    for name in [k for k in out if k.startswith('norm.')]:
+        out[name.replace('norm.', f'norm{len(dims) - 1}.')] = out.pop(name)
+    for i, weight in enumerate(dims[:-1]):
+        out[f'norm{i}.weight'] = torch.ones_like(weight)
+        out[f'norm{i}.bias'] = torch.zeros_like(weight)

@@ -1,0 +1,259 @@
+import copy
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+
+from mmdynsparse.analysis import count_macs
+from mmdynsparse.models import SparseVisionTransformer
+from mmdynsparse.ops import SELECTORS
+from mmdynsparse.utils import convert_checkpoint
+
+TINY = dict(img_size=(64, 96), embed_dims=32, num_layers=8, num_heads=4, out_indices=(1, 3, 5, 7))
+SPARSE = dict(keep_ratio=0.7)
+
+
+def sparse(randomize, **kwargs):
+    return randomize(SparseVisionTransformer(**{**TINY, 'sparsity': SPARSE, **kwargs})).eval()
+
+
+def flatten(outs):
+    return [t for out in outs for t in (out if isinstance(out, list) else [out])]
+
+
+def max_diff(a, b):
+    return max((x - y).abs().max().item() for x, y in zip(flatten(a), flatten(b), strict=True))
+
+
+def run_both(model, x):
+    """Outputs and masks of masked and gathered execution."""
+    outs, masks = [], []
+    with torch.no_grad():
+        for execution in ('masked', 'gather'):
+            model.execution = execution
+            outs.append(model(x))
+            masks.append([d.mask for d in model.decisions])
+    return outs, masks
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(),
+        dict(final_norm=True, patch_bias=True, pre_norm=True, patch_norm=True),
+        dict(with_cls_token=False, out_origin=True, qkv_bias=False),
+        dict(output_cls_token=True, out_indices=-1, interpolate_mode='bilinear'),
+    ],
+)
+@pytest.mark.parametrize('size', [(64, 96), (70, 133), (224, 16)])
+def test_keep_all_equals_mmseg(kwargs, size, randomize):
+    original = pytest.importorskip('mmseg.models.backbones').VisionTransformer
+    dense = randomize(original(**{**TINY, **kwargs}))
+    dense.train(False)
+    ours = SparseVisionTransformer(**{**TINY, **kwargs}, sparsity=dict(keep_ratio=1.0)).eval()
+    keys = ours.load_state_dict(dense.state_dict(), strict=False)
+    assert keys.unexpected_keys == []
+    assert all(k.startswith('predictors.') for k in keys.missing_keys)
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert max_diff(dense(x), ours(x)) <= 1e-5
+
+
+def test_published_dynamic_vit(recorded):
+    """Every recorded tensor within 1e-4, and the same kept sets."""
+    record = torch.load(recorded / 'oracle' / 'dynamic_vit.pth', weights_only=True)
+    config, expected = record['config'], record['eval']
+    model = SparseVisionTransformer(
+        embed_dims=config['embed_dim'],
+        num_layers=config['depth'],
+        num_heads=config['num_heads'],
+        patch_bias=True,
+        final_norm=True,
+        output_cls_token=True,
+        norm_cfg=dict(type='LN', eps=1e-6),
+        sparsity=dict(locations={0: config['pruning_loc']}, keep_ratio=config['token_ratio']),
+    ).eval()
+    keys = model.load_state_dict(convert_checkpoint(record['state_dict'], 'dynamicvit'))
+    assert keys.missing_keys == keys.unexpected_keys == []
+    taps = {}
+    for i in (0, 2, 3):
+        model.layers[i].register_forward_hook(lambda m, args, out, i=i: taps.update({i: out}))
+    with torch.no_grad():
+        ((maps, cls),) = model(record['input'])
+
+    # Published tokens stand in the order of descending scores, ours where they were.
+    places = torch.arange(196).expand(3, -1)
+    for i, decision in enumerate(model.decisions):
+        scores = expected[f'predictor{i}.log_probs'][..., 0]
+        ours = decision.scores.gather(1, places)
+        torch.testing.assert_close(ours, scores, atol=1e-4, rtol=0)
+        count = int(196 * config['token_ratio'][i])
+        places = places.gather(1, scores.argsort(1, descending=True)[:, :count])
+        assert torch.equal(places.sort(1).values, decision.mask.nonzero()[:, 1].view(3, count))
+        if i == 0:
+            order = places.argsort(1).argsort(1)[..., None].expand(-1, -1, 64)
+            kept = taps[3][:, 1:].gather(1, order)
+            torch.testing.assert_close(kept, expected['tap.blocks.3'][:, 1:], atol=1e-4, rtol=0)
+    for i in (0, 2):
+        torch.testing.assert_close(taps[i], expected[f'tap.blocks.{i}'], atol=1e-4, rtol=0)
+    tokens = maps.flatten(2).transpose(1, 2).gather(1, places[..., None].expand(-1, -1, 64))
+    norm = torch.cat((cls[:, None], tokens), dim=1)
+    torch.testing.assert_close(norm, expected['tap.norm'], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('dims, heads, published', [(384, 6, 2.99), (768, 12, 11.49)])
+def test_multiply_adds_are_the_published_ones(dims, heads, published):
+    """GMACs at 224 x 224 and keep ratio 0.7, a 1000-class head added, within 1%."""
+    model = SparseVisionTransformer(embed_dims=dims, num_heads=heads, sparsity=SPARSE).eval()
+    macs = count_macs(model, torch.randn(1, 3, 224, 224)) + 1000 * dims
+    assert macs / 1e9 == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize('selector', SELECTORS)
+@pytest.mark.parametrize('reactivate', [False, True])
+@pytest.mark.parametrize('with_cls_token', [False, True])
+def test_masked_equals_gathered(selector, reactivate, with_cls_token, randomize):
+    model = sparse(
+        randomize,
+        with_cls_token=with_cls_token,
+        reactivate=reactivate,
+        final_norm=True,
+        sparsity=dict(keep_ratio=0.7, selector=selector),
+    )
+    outs, masks = run_both(model, torch.randn(3, 3, 100, 170))
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+    assert max_diff(*outs) <= 1e-5
+
+
+@pytest.mark.parametrize('reactivate', [False, True])
+def test_masked_equals_gathered_for_any_decision(reactivate, randomize, monkeypatch):
+    """Nothing, a part and everything kept, in the images of one batch."""
+
+    def forced(scores, ratio):
+        share = torch.tensor([0.0, ratio, 1.0])[:, None]
+        return (torch.linspace(0, 0.999, scores.shape[1]) < share).float() * (scores > -torch.inf)
+
+    monkeypatch.setitem(SELECTORS, 'mass', forced)
+    for with_cls_token in (True, False):
+        model = sparse(
+            randomize,
+            reactivate=reactivate,
+            with_cls_token=with_cls_token,
+            sparsity=dict(keep_ratio=[0.8, 0.5, 0.2], selector='mass'),
+        )
+        outs, masks = run_both(model, torch.randn(3, 3, 64, 96))
+        assert masks[0][2].mean(1)[0] == 0 and masks[0][2].mean(1)[2] == 1
+        assert max_diff(*outs) <= 1e-5
+
+
+def test_dropped_tokens_stay_dropped_and_keep_their_value(randomize):
+    model = sparse(randomize)
+    with torch.no_grad():
+        early, _, _, late = model(torch.randn(2, 3, 64, 96))
+    masks = [d.mask for d in model.decisions]
+    assert [m.sum(1).tolist() for m in masks] == [[int(24 * r)] * 2 for r in (0.7, 0.49, 0.343)]
+    assert all((later <= earlier).all() for earlier, later in pairwise(masks))
+    # The first predictor decides before layer 2, the first output is after layer 1.
+    dropped = masks[0].view(2, 1, 4, 6).expand_as(early) == 0
+    assert torch.equal(early[dropped], late[dropped])
+    assert not torch.equal(early[~dropped], late[~dropped])
+
+
+def test_reactivated_tokens_come_back(randomize):
+    model = sparse(randomize, reactivate=True, sparsity=dict(keep_ratio=[0.3, 0.6, 0.9]))
+    model(torch.randn(2, 3, 64, 96))
+    masks = [d.mask for d in model.decisions]
+    assert ((masks[2] == 1) & (masks[0] == 0)).any()
+
+
+@pytest.mark.parametrize('keep_ratio', [0.7, 1.0])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_every_parameter_gets_a_gradient(keep_ratio, with_cp, randomize):
+    model = sparse(randomize, sparsity=dict(keep_ratio=keep_ratio), with_cp=with_cp).train()
+    sum(out.square().mean() for out in model(torch.randn(2, 3, 64, 96))).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert [name for name, grad in grads.items() if grad is None] == []
+    assert [name for name, grad in grads.items() if grad.abs().max() == 0] == []
+
+
+def test_frozen_exclude_and_unused_layers(randomize):
+    model = sparse(randomize, frozen_exclude=('predictors', 'layers'), out_indices=(6,))
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.startswith(('predictors', 'layers')) for name in learning)
+    assert not any(name.startswith('layers.7') for name in learning)
+
+
+def test_position_embedding_of_another_size_is_resized():
+    small = SparseVisionTransformer(**{**TINY, 'img_size': 32})
+    torch.nn.init.constant_(small.pos_embed, 0.5)
+    large = SparseVisionTransformer(**TINY)
+    large.load_state_dict(small.state_dict())
+    torch.testing.assert_close(large.pos_embed.data, torch.full((1, 25, 32), 0.5))
+
+
+def test_pretrained_files_of_mmseg_hold_parameters_that_its_models_lack(randomize, tmp_path):
+    whole = sparse(randomize, final_norm=True, patch_bias=True, sparsity=None)
+    torch.save(dict(state_dict=whole.state_dict()), tmp_path / 'vit.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'vit.pth'))
+    model = SparseVisionTransformer(**TINY, sparsity=SPARSE, init_cfg=init_cfg)
+    model.init_weights()
+    for name, value in model.state_dict().items():
+        assert name.startswith('predictors.') or torch.equal(value, whole.state_dict()[name])
+
+
+def test_timm_checkpoint(randomize):
+    timm = pytest.importorskip('timm')
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=64, embed_dim=32, depth=4, num_heads=4, num_classes=3
+    )
+    randomize(theirs).eval()
+    ours = SparseVisionTransformer(
+        64, embed_dims=32, num_layers=4, num_heads=4, patch_bias=True, final_norm=True,
+        norm_cfg=dict(type='LN', eps=1e-6), sparsity=dict(keep_ratio=1.0),
+    ).eval()  # fmt: skip
+    keys = ours.load_state_dict(convert_checkpoint(theirs.state_dict(), 'timm'), strict=False)
+    assert keys.unexpected_keys == []
+    assert all(k.startswith('predictors.') for k in keys.missing_keys)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.forward_features(x)[:, 1:]
+        (out,) = ours(x)
+    torch.testing.assert_close(out.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=0)
+
+
+def test_half_precision_copies_and_pickles(randomize):
+    model = sparse(randomize)
+    x = torch.randn(1, 3, 64, 96)
+    model.train()(x)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert max_diff(twin(x), expected) == 0
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            model.train()(x)
+        assert all(d.mask.dtype == torch.float32 for d in model.decisions)
+        assert model.eval().bfloat16()(x.bfloat16())[-1].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(patch_pad='same'), "patch_pad must be 'corner', got 'same'"),
+        (dict(output_cls_token=True, with_cls_token=False), 'needs with_cls_token'),
+        (dict(out_indices=(8,)), r'out_indices must be in -1 to 7, got \(8,\)'),
+        (dict(out_indices=(1, 3), sparsity=SPARSE), r'up to the last output, 3, got \(2, 4, 6\)'),
+        (dict(sparsity=dict(keep_ratio=[0.5, 0.7, 0.3])), 'must not rise .*got .0.5, 0.7, 0.3'),
+        (dict(sparsity=dict(keep_ratio=0.5, fast_path=dict(type='X'))), 'fast_path must be None'),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SparseVisionTransformer(**{**TINY, **kwargs})
+
+
+def test_rising_ratios_are_refused_later_too(randomize):
+    model = sparse(randomize)
+    with pytest.raises(ValueError, match='must not rise'):
+        model.set_keep_ratio([0.3, 0.5, 0.7])
+    assert model.keep_ratios == [0.7, 0.49, 0.343]
