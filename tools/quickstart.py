@@ -138,17 +138,11 @@ def test(config: Path, checkpoint: Path, work_dir: Path) -> dict:
 def run(command: list, log: Path) -> None:
     """Run a program of tools/: all its output goes to ``log``, its progress to the terminal."""
     command = [sys.executable, '-u', str(ROOT / 'tools' / command[0]), *map(str, command[1:])]
-    # Threads that spin while they wait take the cores from the data loader's process.
-    environment = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ}
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         log.open('w') as file,
         subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process,
     ):
         for line in process.stdout:
