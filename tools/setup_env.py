@@ -285,7 +285,7 @@ def compile_mmcv(ops: str, built: Path, environment: 'dict[str, str]') -> Path:
     command = [str(PYTHON), '-m', 'pip', 'wheel', '-v', '--no-deps', '--no-build-isolation']
     command += ['--no-cache-dir', '--no-binary=onedl-mmcv', f'--wheel-dir={built}']
     command += [line for line in pins('openmmlab.txt') if line.startswith('onedl-mmcv==')]
-    run(f'compiling mmcv for {ops}, once: about 8 min on 2 cores', command, environment)
+    run(f'compiling mmcv for {ops}, once: about 10 min on 2 cores', command, environment)
     wheel = find_wheel(built)
     if wheel is None:
         fail(f'mmcv was built without its compiled ops, see {LOG.name}')
