@@ -1,12 +1,8 @@
-import copy
-import pickle
-
 import pytest
 import torch
 
 from mmdynsparse.analysis import count_macs
 from mmdynsparse.models import SparseConvNeXt
-from mmdynsparse.ops import SELECTORS
 from mmdynsparse.utils import convert_checkpoint
 
 TINY = dict(depths=(1, 1, 4, 2), channels=(8, 16, 24, 32))
@@ -95,34 +91,6 @@ def test_published_dynamic_cnn(recorded):
         assert torch.equal(ours, kept)
 
 
-@pytest.mark.parametrize('selector', SELECTORS)
-@pytest.mark.parametrize('batch, size', [(1, (64, 999)), (2, (257, 383)), (3, (32, 40))])
-def test_masked_equals_gathered(batch, size, selector, randomize):
-    locations = {0: (0,), 2: (1, 2), 3: (0, 1)}
-    sparsity = dict(keep_ratio=0.7, locations=locations, selector=selector)
-    model = sparse(randomize, sparsity=sparsity)
-    x = torch.randn(batch, 3, *size)
-    outs, masks = [], []
-    with torch.no_grad():
-        for execution in ('masked', 'gather'):
-            model.execution = execution
-            outs.append(model(x))
-            masks.append([d.mask for d in model.decisions])
-    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
-    assert max_diff(*outs) <= 1e-5
-
-
-@pytest.mark.parametrize('keep_ratio', [0.7, 1.0])
-@pytest.mark.parametrize('with_cp', [False, True])
-def test_every_parameter_gets_a_gradient(keep_ratio, with_cp, randomize):
-    model = sparse(randomize, sparsity=dict(keep_ratio=keep_ratio), with_cp=with_cp).train()
-    sum(out.square().mean() for out in model(torch.randn(2, 3, 96, 96))).backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    assert [name for name, grad in grads.items() if grad is None] == []
-    if keep_ratio < 1:
-        assert [name for name, grad in grads.items() if grad.abs().max() == 0] == []
-
-
 @pytest.mark.parametrize('frozen', [0, 1, 3])
 @pytest.mark.parametrize('out_indices', [(2,), (0, 1, 2, 3)])
 def test_frozen_and_unused_stages_have_no_gradient(frozen, out_indices, randomize):
@@ -144,18 +112,6 @@ def test_frozen_and_unused_stages_have_no_gradient(frozen, out_indices, randomiz
 def test_pooled_output_and_negative_indices(randomize):
     model = sparse(randomize, out_indices=-1, gap_before_final_norm=True)
     assert [tuple(o.shape) for o in model(torch.randn(2, 3, 64, 64))] == [(2, 32)]
-
-
-def test_half_precision_copies_and_pickles(randomize):
-    model = sparse(randomize)
-    x = torch.randn(1, 3, 64, 64)
-    model.train()(x)
-    with torch.no_grad():
-        expected = model.eval()(x)
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert twin.decisions == [] or twin is model
-            assert max_diff(twin(x), expected) == 0
-        assert model.bfloat16()(x.bfloat16())[-1].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

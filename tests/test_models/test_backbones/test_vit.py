@@ -1,5 +1,3 @@
-import copy
-import pickle
 from itertools import pairwise
 
 import pytest
@@ -126,27 +124,6 @@ def test_masked_equals_gathered(selector, reactivate, with_cls_token, randomize)
     assert max_diff(*outs) <= 1e-5
 
 
-@pytest.mark.parametrize('reactivate', [False, True])
-def test_masked_equals_gathered_for_any_decision(reactivate, randomize, monkeypatch):
-    """Nothing, a part and everything kept, in the images of one batch."""
-
-    def forced(scores, ratio):
-        share = torch.tensor([0.0, ratio, 1.0])[:, None]
-        return (torch.linspace(0, 0.999, scores.shape[1]) < share).float() * (scores > -torch.inf)
-
-    monkeypatch.setitem(SELECTORS, 'mass', forced)
-    for with_cls_token in (True, False):
-        model = sparse(
-            randomize,
-            reactivate=reactivate,
-            with_cls_token=with_cls_token,
-            sparsity=dict(keep_ratio=[0.8, 0.5, 0.2], selector='mass'),
-        )
-        outs, masks = run_both(model, torch.randn(3, 3, 64, 96))
-        assert masks[0][2].mean(1)[0] == 0 and masks[0][2].mean(1)[2] == 1
-        assert max_diff(*outs) <= 1e-5
-
-
 def test_dropped_tokens_stay_dropped_and_keep_their_value(randomize):
     model = sparse(randomize)
     with torch.no_grad():
@@ -165,16 +142,6 @@ def test_reactivated_tokens_come_back(randomize):
     model(torch.randn(2, 3, 64, 96))
     masks = [d.mask for d in model.decisions]
     assert ((masks[2] == 1) & (masks[0] == 0)).any()
-
-
-@pytest.mark.parametrize('keep_ratio', [0.7, 1.0])
-@pytest.mark.parametrize('with_cp', [False, True])
-def test_every_parameter_gets_a_gradient(keep_ratio, with_cp, randomize):
-    model = sparse(randomize, sparsity=dict(keep_ratio=keep_ratio), with_cp=with_cp).train()
-    sum(out.square().mean() for out in model(torch.randn(2, 3, 64, 96))).backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    assert [name for name, grad in grads.items() if grad is None] == []
-    assert [name for name, grad in grads.items() if grad.abs().max() == 0] == []
 
 
 def test_frozen_exclude_and_unused_layers(randomize):
@@ -220,20 +187,6 @@ def test_timm_checkpoint(randomize):
         expected = theirs.forward_features(x)[:, 1:]
         (out,) = ours(x)
     torch.testing.assert_close(out.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=0)
-
-
-def test_half_precision_copies_and_pickles(randomize):
-    model = sparse(randomize)
-    x = torch.randn(1, 3, 64, 96)
-    model.train()(x)
-    with torch.no_grad():
-        expected = model.eval()(x)
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert max_diff(twin(x), expected) == 0
-        with torch.autocast('cpu', dtype=torch.bfloat16):
-            model.train()(x)
-        assert all(d.mask.dtype == torch.float32 for d in model.decisions)
-        assert model.eval().bfloat16()(x.bfloat16())[-1].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,182 @@
+"""What holds for every registered sparse backbone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+from mmdynsparse.models.backbones import SparseBackbone
+from mmdynsparse.ops import SELECTORS
+from mmdynsparse.registry import MODELS as OWN_MODELS
+
+# Small models with the published places of the predictors, all stages as output.
+SWIN = dict(embed_dims=24, depths=(2, 2, 6, 2), num_heads=(2, 3, 6, 6), drop_path_rate=0.0)
+CONVNEXT = dict(
+    arch=dict(depths=(1, 1, 6, 2), channels=(8, 16, 24, 32)),
+    out_indices=(0, 1, 2, 3),
+    gap_before_final_norm=False,
+    layer_scale_init_value=1.0,
+)
+VIT = dict(img_size=64, embed_dims=32, num_layers=8, num_heads=4, out_indices=(1, 3, 5, 7))
+BACKBONES = {
+    'SparseSwinTransformer': SWIN,
+    'SparseConvNeXt': CONVNEXT,
+    'SparseVisionTransformer': VIT,
+}
+SIZES = [(1, (64, 999)), (2, (257, 383)), (3, (32, 40))]
+
+
+@pytest.fixture(params=BACKBONES)
+def build(request, randomize):
+    """Function that builds a backbone with random weights, in eval mode."""
+
+    def function(sparsity=None, **kwargs):
+        sparsity = dict(keep_ratio=0.7) | (sparsity or {})
+        cfg = dict(BACKBONES[request.param], type=f'mmdynsparse.{request.param}')
+        return randomize(MODELS.build(dict(cfg, sparsity=sparsity, **kwargs))).eval()
+
+    return function
+
+
+def max_diff(a, b):
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+def run_both(model, x):
+    """Outputs and masks of masked and gathered execution."""
+    outs, masks = [], []
+    with torch.no_grad():
+        for execution in ('masked', 'gather'):
+            model.execution = execution
+            outs.append(model(x))
+            masks.append([d.mask for d in model.decisions])
+    return outs, masks
+
+
+def test_every_backbone_is_here():
+    OWN_MODELS.import_from_location()
+    registered = {
+        name for name, cls in OWN_MODELS.module_dict.items() if issubclass(cls, SparseBackbone)
+    }
+    assert registered == set(BACKBONES)
+
+
+@pytest.mark.parametrize('batch, size', SIZES)
+@pytest.mark.parametrize('selector', SELECTORS)
+def test_masked_equals_gathered(build, batch, size, selector):
+    model = build(sparsity=dict(selector=selector))
+    outs, masks = run_both(model, torch.randn(batch, 3, *size))
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+    assert max_diff(*outs) <= 1e-5
+
+
+@pytest.mark.parametrize('shares', [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.4, 1.0)])
+def test_masked_equals_gathered_for_any_decision(build, shares, monkeypatch):
+    """Nothing, a part and everything kept, in all or in some images of a batch."""
+
+    def forced(scores, ratio):
+        keep = torch.linspace(0, 0.999, scores.shape[1]) < torch.tensor(shares)[:, None]
+        return (keep & (scores > -torch.inf)).float()
+
+    monkeypatch.setitem(SELECTORS, 'mass', forced)
+    model = build(sparsity=dict(selector='mass'))
+    outs, masks = run_both(model, torch.randn(3, 3, 70, 90))
+    assert masks[0][-1].mean(1).tolist() == pytest.approx(shares, abs=0.1)
+    assert max_diff(*outs) <= 1e-5
+
+
+def test_keep_ratio_changes_on_the_built_model(build):
+    model = build()
+    x = torch.randn(2, 3, 160, 160)
+    for ratios in ([0.9, 0.5, 0.2], [1.0, 1.0, 1.0], [0.5, 0.5, 0.5]):
+        model.set_keep_ratio(ratios)
+        with torch.no_grad():
+            model(x)
+        n = model.decisions[0].mask.shape[1]
+        kept = [d.mask.sum(1).tolist() for d in model.decisions]
+        assert kept == [[int(n * r)] * 2 for r in ratios]
+    for bad in (0, 1.1, [0.5, 0.5], [0.5, 0.5, 2]):
+        with pytest.raises(ValueError, match='keep_ratio'):
+            model.set_keep_ratio(bad)
+    assert model.keep_ratios == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize('keep_ratio', [0.7, 1.0])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_every_parameter_gets_a_gradient(build, keep_ratio, with_cp):
+    model = build(sparsity=dict(keep_ratio=keep_ratio), with_cp=with_cp).train()
+    sum(out.square().mean() for out in model(torch.randn(2, 3, 96, 96))).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert [name for name, grad in grads.items() if grad is None] == []
+    if keep_ratio < 1:
+        assert [name for name, grad in grads.items() if grad.abs().max() == 0] == []
+
+
+def test_checkpointing_changes_nothing(build):
+    grads = []
+    for with_cp in (False, True):
+        model = build(with_cp=with_cp).train()
+        torch.manual_seed(1)
+        model(torch.randn(2, 3, 64, 64))[-1].square().mean().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_outputs_are_those_asked_for(build):
+    model = build(out_indices=(0, 3), sparsity=dict(locations={0: (0,)}, keep_ratio=[0.5]))
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        outs = model(x)
+    assert len(outs) == 2
+    sum(out.sum() for out in model.train()(x)).backward()
+    assert all(p.requires_grad == (p.grad is not None) for p in model.parameters())
+
+
+def test_checkpoint_round_trip(build, tmp_path):
+    models = [build(), build()]
+    for p in models[1].parameters():
+        torch.nn.init.zeros_(p)
+    torch.save(models[0].state_dict(), tmp_path / 'model.pth')
+    models[1].load_state_dict(torch.load(tmp_path / 'model.pth'))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert max_diff(*(model(x) for model in models)) == 0
+
+
+def test_copies_and_pickles_after_training(build):
+    model = build()
+    x = torch.randn(1, 3, 64, 64)
+    model.train()(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.decisions == []
+        with torch.no_grad():
+            assert max_diff(model.eval()(x), twin.eval()(x)) == 0
+
+
+def test_bfloat16(build):
+    model = build()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        outs = model.train()(x)
+    assert all(d.mask.dtype == d.scores.dtype == torch.float32 for d in model.decisions)
+    sum(o.float().mean() for o in outs).backward()
+    with torch.no_grad():
+        assert model.eval().bfloat16()(x.bfloat16())[-1].dtype == torch.bfloat16
+
+
+def test_nan_input_is_refused_at_inference(build):
+    with pytest.raises(ValueError, match='NaN'):
+        build()(torch.full((1, 3, 64, 64), float('nan')))
+
+
+def test_training_without_ratio_loss_warns_once(build, monkeypatch):
+    messages = []
+    target = 'mmdynsparse.models.backbones.sparse_backbone.print_log'
+    monkeypatch.setattr(target, lambda text, **kwargs: messages.append(text))
+    model = build().train()
+    for _ in range(2):
+        model(torch.randn(1, 3, 64, 64))
+    assert len(messages) == 1 and 'SparsityHook' in messages[0]
