@@ -19,7 +19,7 @@ def convert_checkpoint(state_dict: Mapping, source: str) -> StateDict:
             'model'; of a whole OpenMMLab model only the backbone is taken.
         source: Where it comes from: 'mmseg', 'mmdet', 'mmpretrain' (ConvNeXt), 'swin' and
             'convnext' (the original repositories), 'timm', or 'dynamicvit' (the published
-            DynamicSwin and DynamicCNN). The family is known from the names.
+            DynamicSwin, DynamicCNN and DynamicViT). The family is known from the names.
 
     Returns:
         The backbone's state dict. Classification layouts have a norm after the last stage only;

@@ -189,6 +189,7 @@ class SparseVisionTransformer(SparseBackbone):
         if sparsity is not None:
             places = tuple(num_layers * i // 4 for i in (1, 2, 3))
             sparsity = dict(locations={0: places}, schedule='power', fast_path=None) | sparsity
+        self.reactivate = reactivate
         super().__init__(sparsity, (num_layers,), checkpoint_cfg(init_cfg, pretrained))
         norm_cfg = norm_cfg or dict(type='LN')
         act_cfg = act_cfg or dict(type='GELU')
@@ -197,8 +198,7 @@ class SparseVisionTransformer(SparseBackbone):
         if output_cls_token and not with_cls_token:
             raise ValueError('output_cls_token needs with_cls_token, got with_cls_token=False')
         self.out_indices = _out_indices(out_indices, num_layers)
-        self._check_sparsity(reactivate)
-        self.reactivate = reactivate
+        self._check_sparsity()
         self.out_origin = out_origin
         self.with_cls_token = with_cls_token
         self.output_cls_token = output_cls_token
@@ -243,14 +243,13 @@ class SparseVisionTransformer(SparseBackbone):
         Raises:
             ValueError: As in the base class, or if ratios rise without ``reactivate``.
         """
-        before = self.keep_ratios
+        ratios = [] if self.sparsity is None else self.sparsity.resolve(keep_ratio)
+        if not self.reactivate and ratios != sorted(ratios, reverse=True):
+            raise ValueError(
+                'keep_ratio must not rise from one predictor to the next without reactivate, '
+                f'got {ratios}'
+            )
         super().set_keep_ratio(keep_ratio)
-        if hasattr(self, 'reactivate'):
-            try:
-                self._check_sparsity(self.reactivate)
-            except ValueError:
-                self.keep_ratios = before
-                raise
 
     def forward(self, x: Tensor) -> tuple:
         """Return the maps (B, C, H, W) of ``out_indices`` for images (B, C, H, W).
@@ -390,7 +389,7 @@ class SparseVisionTransformer(SparseBackbone):
             if part is not None:
                 part.requires_grad_(False)
 
-    def _check_sparsity(self, reactivate: bool) -> None:
+    def _check_sparsity(self) -> None:
         if self.sparsity is None:
             return
         if self.sparsity.fast_path is not None:
@@ -402,11 +401,6 @@ class SparseVisionTransformer(SparseBackbone):
             raise ValueError(
                 f'sparsity.locations[0] takes layers up to the last output, '
                 f'{max(self.out_indices)}, got {self.stage_locations(0)}'
-            )
-        if not reactivate and self.keep_ratios != sorted(self.keep_ratios, reverse=True):
-            raise ValueError(
-                'keep_ratio must not rise from one predictor to the next without reactivate, '
-                f'got {self.keep_ratios}'
             )
 
 
