@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..ops import policy_softmax
+from ..ops import policy_softmax, region
 
 
 class TokenMSA(BaseModule):
@@ -42,6 +42,10 @@ class TokenMSA(BaseModule):
                 (training), with a gradient. Defaults to None, all.
             valid_BT: False for tokens that are not there, which nobody attends. Defaults to None.
         """
+        with region('attention'):
+            return self._forward(x_BTC, policy_BT, valid_BT)
+
+    def _forward(self, x_BTC: Tensor, policy_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor:
         m = self.attn
         qkv = F.linear(x_BTC, m.in_proj_weight, m.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, m.num_heads, m.head_dim)).permute(2, 0, 3, 1, 4)

@@ -9,7 +9,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..ops import head_rows, relative_position_index, shift_mask, window_layout
+from ..ops import head_rows, region, relative_position_index, shift_mask, window_layout
 
 
 class WindowMSA(BaseModule):
@@ -105,6 +105,10 @@ class ShiftWindowMSA(BaseModule):
 
     def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
         """Return the attended tokens (B, N, C) of a map of ``hw`` tokens."""
+        with region('attention'):
+            return self._forward(x_BNC, hw)
+
+    def _forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
         (b, n, c), heads = x_BNC.shape, self.w_msa.num_heads
         shift = self._shift(hw)
         layout = window_layout(b, hw, self.window_size, shift, x_BNC.device)

@@ -1,5 +1,6 @@
 """Pure tensor functions: selection and the layout of windows."""
 
+from .regions import REGIONS, region
 from .select import (
     SELECTORS,
     Decision,
@@ -14,6 +15,7 @@ from .two_paths import two_paths
 from .windows import WindowLayout, head_rows, relative_position_index, shift_mask, window_layout
 
 __all__ = [
+    'REGIONS',
     'SELECTORS',
     'Decision',
     'TokenSubset',
@@ -23,6 +25,7 @@ __all__ = [
     'num_kept',
     'policy_softmax',
     'put_tokens',
+    'region',
     'relative_position_index',
     'sample_decision',
     'select_decision',

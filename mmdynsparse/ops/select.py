@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .regions import region
+
 
 class Decision(NamedTuple):
     """Which locations of a batch of feature maps take the slow path.
@@ -90,15 +92,16 @@ def select_decision(
         ValueError: If a score is NaN. On CUDA the device assertion that stops the process instead
             costs no host synchronisation.
     """
-    scores_BN = log_probs_BN2[..., 0].float()
-    _refuse_nan(scores_BN)
-    mask_BN = SELECTORS[selector](scores_BN, ratio)
-    decision = Decision(mask_BN, scores_BN, hw, ratio)
-    if not gather:
-        return decision
-    return with_positions(
-        decision, num_kept(mask_BN.shape[1], ratio) if selector == 'topk' else None
-    )
+    with region('selection'):
+        scores_BN = log_probs_BN2[..., 0].float()
+        _refuse_nan(scores_BN)
+        mask_BN = SELECTORS[selector](scores_BN, ratio)
+        decision = Decision(mask_BN, scores_BN, hw, ratio)
+        if not gather:
+            return decision
+        return with_positions(
+            decision, num_kept(mask_BN.shape[1], ratio) if selector == 'topk' else None
+        )
 
 
 def with_positions(decision: Decision, kept_per_image: int | None = None) -> Decision:

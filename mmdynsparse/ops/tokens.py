@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .regions import region
+
 
 class TokenSubset(NamedTuple):
     """Which tokens of each image form the shortened sequence.
@@ -31,30 +33,34 @@ def token_subset(mask_BT: Tensor, count: int | None = None) -> TokenSubset:
         count: How many there are in every image, if it is the same; nothing waits for the device
             then. Defaults to None, which counts.
     """
-    b, t = mask_BT.shape
-    keep_BT = mask_BT > 0.5
-    k = int(keep_BT.sum(1).max()) if count is None else count
-    slot_BT = torch.where(keep_BT, keep_BT.cumsum(1) - 1, k)
-    position_BT = torch.arange(t, device=mask_BT.device).expand(b, t)
-    positions = torch.full((b, k + 1), t, device=mask_BT.device)
-    positions = positions.scatter_(1, slot_BT, position_BT)[:, :k]
-    # Tokens that leave all write to the spare slot, which is cut off.
-    return TokenSubset(positions, None if count is not None else positions < t)
+    with region('selection'):
+        b, t = mask_BT.shape
+        keep_BT = mask_BT > 0.5
+        k = int(keep_BT.sum(1).max()) if count is None else count
+        slot_BT = torch.where(keep_BT, keep_BT.cumsum(1) - 1, k)
+        position_BT = torch.arange(t, device=mask_BT.device).expand(b, t)
+        positions = torch.full((b, k + 1), t, device=mask_BT.device)
+        positions = positions.scatter_(1, slot_BT, position_BT)[:, :k]
+        # Tokens that leave all write to the spare slot, which is cut off.
+        return TokenSubset(positions, None if count is not None else positions < t)
 
 
 def take_tokens(x_BTC: Tensor, subset: TokenSubset) -> Tensor:
     """Return the shortened sequence (B, K, C); what is not valid is zero."""
-    if subset.valid is not None:
-        x_BTC = F.pad(x_BTC, (0, 0, 0, 1))
-    return x_BTC.gather(1, _expand(subset.positions, x_BTC))
+    with region('gather'):
+        if subset.valid is not None:
+            x_BTC = F.pad(x_BTC, (0, 0, 0, 1))
+        return x_BTC.gather(1, _expand(subset.positions, x_BTC))
 
 
 def put_tokens(x_BTC: Tensor, tokens_BKC: Tensor, subset: TokenSubset) -> Tensor:
     """Return the whole sequence with the valid tokens of the shortened one in their places."""
     t = x_BTC.shape[1]
-    if subset.valid is not None:
-        x_BTC = F.pad(x_BTC, (0, 0, 0, 1))
-    return x_BTC.scatter(1, _expand(subset.positions, x_BTC), tokens_BKC.to(x_BTC.dtype))[:, :t]
+    with region('scatter'):
+        if subset.valid is not None:
+            x_BTC = F.pad(x_BTC, (0, 0, 0, 1))
+        tokens_BKC = tokens_BKC.to(x_BTC.dtype)
+        return x_BTC.scatter(1, _expand(subset.positions, x_BTC), tokens_BKC)[:, :t]
 
 
 def policy_softmax(logits_BhTT: Tensor, policy_BT: Tensor, eps: float) -> Tensor:

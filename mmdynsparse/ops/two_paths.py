@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .regions import region
 from .select import Decision, with_positions
 
 Path = Callable[[Tensor], Tensor]
@@ -36,21 +37,32 @@ def two_paths(
 
 
 def _masked(x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision) -> Tensor:
-    slow_BNC = slow(x_BNC)
+    with region('slow path'):
+        slow_BNC = slow(x_BNC)
     mask_BN1 = decision.mask.unsqueeze(-1).to(slow_BNC.dtype)
     if fast is None:
         return slow_BNC * mask_BN1
+    with region('fast path'):
+        fast_BNC = fast(x_BNC).to(slow_BNC.dtype)
     # lerp returns its ends exactly, so a kept location has the slow path's bits.
-    return torch.lerp(fast(x_BNC).to(slow_BNC.dtype), slow_BNC, mask_BN1)
+    return torch.lerp(fast_BNC, slow_BNC, mask_BN1)
 
 
 def _gathered(x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision) -> Tensor:
     if decision.kept is None:
         decision = with_positions(decision)
     x_flat = x_BNC.flatten(0, 1)
-    slow_KC = slow(x_flat.index_select(0, decision.kept))
-    out = slow_KC.new_zeros(x_flat.shape).index_copy_(0, decision.kept, slow_KC)
+    with region('gather'):
+        x_KC = x_flat.index_select(0, decision.kept)
+    with region('slow path'):
+        slow_KC = slow(x_KC)
+    with region('scatter'):
+        out = slow_KC.new_zeros(x_flat.shape).index_copy_(0, decision.kept, slow_KC)
     if fast is not None:
-        fast_MC = fast(x_flat.index_select(0, decision.dropped))
-        out.index_copy_(0, decision.dropped, fast_MC.to(out.dtype))
+        with region('gather'):
+            x_MC = x_flat.index_select(0, decision.dropped)
+        with region('fast path'):
+            fast_MC = fast(x_MC)
+        with region('scatter'):
+            out.index_copy_(0, decision.dropped, fast_MC.to(out.dtype))
     return out.view_as(x_BNC)

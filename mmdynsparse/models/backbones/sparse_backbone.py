@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ...ops import Decision, keep_all, sample_decision, select_decision
+from ...ops import Decision, keep_all, region, sample_decision, select_decision
 from ...registry import MODELS
 from ..sparsity import Sparsity
 
@@ -97,7 +97,9 @@ class SparseBackbone(BaseModule):
             decision = keep_all(x_BNC, hw)
         else:
             gather = self.execution != 'masked'
-            decision = select_decision(predictor(x_BNC), hw, ratio, self.sparsity.selector, gather)
+            with region('predictor'):
+                log_probs = predictor(x_BNC)
+            decision = select_decision(log_probs, hw, ratio, self.sparsity.selector, gather)
         self.decisions.append(decision)
         return decision
 
