@@ -115,10 +115,12 @@ def with_positions(decision: Decision, kept_per_image: int | None = None) -> Dec
     mask_BN = decision.mask.detach()
     if kept_per_image is None:
         keep = mask_BN.flatten() > 0.5
-        return decision._replace(kept=_nonzero(keep), dropped=_nonzero(~keep))
-    kept = _positions(mask_BN, kept_per_image)
-    dropped = _positions(1 - mask_BN, mask_BN.shape[1] - kept_per_image)
-    return decision._replace(kept=kept, dropped=dropped)
+        kept, dropped = _nonzero(keep), _nonzero(~keep)
+    else:
+        kept = _positions(mask_BN, kept_per_image)
+        dropped = _positions(1 - mask_BN, mask_BN.shape[1] - kept_per_image)
+    # torch.compile does not keep what _replace returns as an attribute of the model.
+    return Decision(*decision[:4], kept, dropped)
 
 
 def num_kept(num_locations: int, ratio: float) -> int:

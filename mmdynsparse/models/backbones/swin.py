@@ -294,7 +294,8 @@ class SparseSwinTransformer(SparseBackbone):
             x = x + resize_pos_embed(self.absolute_pos_embed, self.pretrain_hw, hw)
         x = self.drop_after_pos(x)
         outs = []
-        for i, stage in enumerate(self.stages[: max(self.out_indices) + 1]):
+        for i in range(max(self.out_indices) + 1):
+            stage = self.stages[i]
             x = stage(x, hw, self.decide, self.gathers(stage.training))
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(x)

@@ -263,13 +263,13 @@ class SparseVisionTransformer(SparseBackbone):
         locations = self.stage_locations(0)
         gather = self.gathers(self.training)
         tokens, subset, policy = whole, None, None
-        for i, layer in enumerate(self.layers[: max(self.out_indices) + 1]):
+        for i in range(max(self.out_indices) + 1):
             if i in locations:
                 whole = tokens if subset is None else put_tokens(whole, tokens, subset)
                 predictor = self.predictors[locations.index(i)]
                 tokens, subset, policy = self._drop(whole, hw, predictor, subset, gather)
             if tokens.shape[1] > 0:
-                tokens = layer(tokens, policy, None if subset is None else subset.valid)
+                tokens = self.layers[i](tokens, policy, None if subset is None else subset.valid)
             if i in self.out_indices:
                 out = tokens if subset is None else put_tokens(whole, tokens, subset)
                 last = i == len(self.layers) - 1
