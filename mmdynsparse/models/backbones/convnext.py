@@ -139,6 +139,7 @@ class SparseConvNeXt(SparseBackbone):
         ValueError: If an argument is outside its range.
     """
 
+    original: ClassVar[str] = 'mmpretrain.ConvNeXt'
     default_parts: ClassVar = dict(
         predictor=dict(type='mmdynsparse.LocalGlobalPredictor', eps=1e-6),
         fast_path=dict(type='mmdynsparse.LinearFastPath', eps=1e-6, layer_scale=1e-6),

@@ -36,6 +36,8 @@ class SparseBackbone(BaseModule):
         init_cfg: As in every OpenMMLab module. Defaults to None.
     """
 
+    # Type that a config names for the dense original of a family.
+    original: ClassVar[str]
     # Parts of ``sparsity`` that differ from the general defaults in this family.
     default_parts: ClassVar[Mapping] = {}
 

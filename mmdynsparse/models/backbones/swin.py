@@ -7,6 +7,7 @@ Sparsification* (T-PAMI 2023, arXiv 2207.01580). Arguments and state-dict names 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.utils.checkpoint as cp
@@ -205,6 +206,8 @@ class SparseSwinTransformer(SparseBackbone):
     Raises:
         ValueError: If ``sparsity``, ``strides``, ``out_indices`` or ``init_cfg`` is not valid.
     """
+
+    original: ClassVar[str] = 'SwinTransformer'
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ are those of ``VisionTransformer`` in mmsegmentation 1.x; what is added are ``pr
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.utils.checkpoint as cp
@@ -151,6 +152,8 @@ class SparseVisionTransformer(SparseBackbone):
     Raises:
         ValueError: If an argument is outside its range.
     """
+
+    original: ClassVar[str] = 'VisionTransformer'
 
     def __init__(
         self,
