@@ -1,0 +1,113 @@
+"""Reference forms of the ops: plain torch, on any device, differentiable.
+
+Dimension letters: P tokens of the whole batch (B * N), K kept and M dropped ones (for a
+convolution: K cells), C channels, H hidden channels; for maps B images, C channels, H height,
+W width; t side of a tile with its halo.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import LinearWeights, MlpWeights, check_cell_conv, check_sparse_mlp
+
+
+def sparse_mlp(
+    x_PC: Tensor,
+    residual_PC: Tensor,
+    kept_K: Tensor,
+    dropped_M: Tensor,
+    mlp: MlpWeights,
+    fast: LinearWeights | None = None,
+) -> Tensor:
+    """Add the slow path's update at kept tokens and the fast path's at dropped ones.
+
+    Args:
+        x_PC: Tokens (P, C), float32, float16 or bfloat16, the input of both paths.
+        residual_PC: What the update is added to, (P, C); may be ``x_PC`` itself.
+        kept_K: Sorted int64 positions of the kept tokens.
+        dropped_M: Sorted int64 positions of all others; either may be empty.
+        mlp: The slow path.
+        fast: The fast path. Defaults to None, which leaves dropped tokens as they are.
+
+    Returns:
+        (P, C), in the dtype of ``x_PC``; a new tensor.
+
+    Raises:
+        ValueError: Shapes or types do not fit.
+    """
+    check_sparse_mlp(x_PC, residual_PC, kept_K, dropped_M, mlp, fast)
+    slow_KC = _mlp(x_PC.index_select(0, kept_K), mlp)
+    out_PC = residual_PC.clone().index_add_(0, kept_K, slow_KC)
+    if fast is not None:
+        out_PC.index_add_(0, dropped_M, _linear(x_PC.index_select(0, dropped_M), fast))
+    return out_PC
+
+
+def cell_conv(
+    x_BCHW: Tensor,
+    cells_K: Tensor,
+    cell_size: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int = 1,
+    relu: bool = False,
+) -> Tensor:
+    """Convolve a map at chosen square cells only, with stride 1 and zeros around the map.
+
+    Args:
+        x_BCHW: Feature maps, contiguous in channels_last.
+        cells_K: Flat int64 indices ``b * rows * cols + row * cols + col`` of the cells, where the
+            grid has ``rows = ceil(H / cell_size)`` and ``cols = ceil(W / cell_size)``.
+        cell_size: Side g of a cell in positions.
+        weight: (C_out, C_in, k, k) with k 1 or 3. The Triton form reads it in channels_last and
+            copies one that is not.
+        bias: (C_out,) or None.
+        dilation: Defaults to 1.
+        relu: Whether to end with a ReLU. Defaults to False.
+
+    Returns:
+        (K, C_out, g, g), contiguous in channels_last. Where a cell reaches over the map's edge,
+        the values outside of the map mean nothing and are to be cut off.
+
+    Raises:
+        ValueError: Shapes or types do not fit.
+    """
+    check_cell_conv(x_BCHW, cells_K, cell_size, weight, bias, dilation)
+    halo = dilation * (weight.shape[-1] // 2)
+    tiles = _tiles(x_BCHW, cells_K, cell_size, halo)
+    out = F.conv2d(tiles, weight, bias, dilation=dilation)
+    out = out.contiguous(memory_format=torch.channels_last)
+    return out.relu_() if relu else out
+
+
+def _mlp(x_KC: Tensor, w: MlpWeights) -> Tensor:
+    x_KC = F.layer_norm(x_KC, x_KC.shape[-1:], w.norm_weight, w.norm_bias, w.eps)
+    hidden_KH = F.gelu(F.linear(x_KC, w.weight1, w.bias1))
+    return _scaled(F.linear(hidden_KH, w.weight2, w.bias2), w.gamma)
+
+
+def _linear(x_MC: Tensor, w: LinearWeights) -> Tensor:
+    x_MC = F.layer_norm(x_MC, x_MC.shape[-1:], w.norm_weight, w.norm_bias, w.eps)
+    return _scaled(F.linear(x_MC, w.weight, w.bias), w.gamma)
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else x * gamma
+
+
+def _tiles(x_BCHW: Tensor, cells_K: Tensor, cell_size: int, halo: int) -> Tensor:
+    """Gather the cells with their halo, (K, C, t, t) in channels_last; zero outside of the map."""
+    _, c, height, width = x_BCHW.shape
+    rows, cols = -(-height // cell_size), -(-width // cell_size)
+    offset_t = torch.arange(-halo, cell_size + halo, device=x_BCHW.device)
+    y_Kt = (cells_K // cols % rows * cell_size).unsqueeze(1) + offset_t
+    x_Kt = (cells_K % cols * cell_size).unsqueeze(1) + offset_t
+    row_Kt = (cells_K // (rows * cols) * height).unsqueeze(1) + y_Kt.clamp(0, height - 1)
+    index_Ktt = row_Kt.unsqueeze(2) * width + x_Kt.clamp(0, width - 1).unsqueeze(1)
+    flat = x_BCHW.permute(0, 2, 3, 1).reshape(-1, c)
+    tiles = flat.index_select(0, index_Ktt.flatten()).view(*index_Ktt.shape, c)
+    outside_Kt1 = ((y_Kt < 0) | (y_Kt >= height)).unsqueeze(2)
+    outside_K1t = ((x_Kt < 0) | (x_Kt >= width)).unsqueeze(1)
+    tiles = tiles.masked_fill_((outside_Kt1 | outside_K1t).unsqueeze(3), 0)
+    return tiles.permute(0, 3, 1, 2)
