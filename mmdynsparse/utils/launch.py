@@ -30,6 +30,15 @@ class ToolParser(argparse.ArgumentParser):
     def add_run_arguments(self) -> None:
         """Adds the arguments that training and testing have in common."""
         self.add_argument('--work-dir', help='folder of logs, checkpoints and metrics')
+        self.add_cfg_options()
+        self.add_argument(
+            '--launcher', choices=LAUNCHERS, default='none', help='how the processes are started'
+        )
+        # torch.distributed.launch of torch < 2.0 passes the first spelling, later ones the second.
+        self.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+    def add_cfg_options(self) -> None:
+        """Adds the argument that overrides entries of the config."""
         self.add_argument(
             '--cfg-options',
             nargs='+',
@@ -38,11 +47,6 @@ class ToolParser(argparse.ArgumentParser):
             help='override entries of the config, e.g. model.backbone.sparsity.keep_ratio=0.5; '
             'lists are written key="[a,b]" or key=a,b, without white space',
         )
-        self.add_argument(
-            '--launcher', choices=LAUNCHERS, default='none', help='how the processes are started'
-        )
-        # torch.distributed.launch of torch < 2.0 passes the first spelling, later ones the second.
-        self.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parses the command line; a wrong one ends the process with exit code 2.

@@ -1,0 +1,134 @@
+"""The dense original of any sparse model, with the same weights."""
+
+import inspect
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import NamedTuple
+
+from mmengine.registry import MODELS
+from torch import nn
+
+SCOPE = 'mmdynsparse.'
+
+
+class DenseConfig(NamedTuple):
+    """Config of a dense original.
+
+    Attributes:
+        model: The config of the model.
+        originals: For each sparse part, in the order of the config, what replaces it.
+    """
+
+    model: dict
+    originals: list[str]
+
+
+class Pair(NamedTuple):
+    """A sparse model and its dense original with the same weights, both in eval mode."""
+
+    sparse: nn.Module
+    dense: nn.Module
+    originals: list[str]
+
+
+def dense_config(model_cfg: Mapping) -> DenseConfig:
+    """Replace every sparse type of a model's config by the OpenMMLab type that it stands for.
+
+    Types are resolved as in a training of that config, under mmengine's current default scope.
+    Arguments that only the sparse type takes are dropped. Where the original's library is not
+    installed, the sparse class without ``sparsity``, which computes the same, stands in.
+
+    Args:
+        model_cfg: The ``model`` of a config. It is not changed.
+
+    Raises:
+        ValueError: If nothing in it is sparse.
+    """
+    cfg = deepcopy(dict(model_cfg))
+    originals = []
+    _replace(cfg, originals)
+    if not originals:
+        raise ValueError(
+            "config must have a sparse part, a type such as 'mmdynsparse.SparseSwinTransformer', "
+            f'got none among {_types(cfg)}'
+        )
+    return DenseConfig(cfg, originals)
+
+
+def build_pair(model_cfg: Mapping) -> Pair:
+    """Build a model and its dense original with the sparse model's (random) weights.
+
+    Weights that the config's ``init_cfg`` names are not loaded. Call ``share_weights`` again when
+    those of the sparse model have changed.
+
+    Raises:
+        ValueError: If the config has no sparse part.
+    """
+    dense_cfg = dense_config(model_cfg)
+    pair = Pair(
+        MODELS.build(deepcopy(dict(model_cfg))), MODELS.build(dense_cfg.model), dense_cfg.originals
+    )
+    for model in (pair.sparse, pair.dense):
+        model.eval()  # mmseg's VisionTransformer does not return itself
+    share_weights(pair.sparse, pair.dense)
+    return pair
+
+
+def share_weights(sparse: nn.Module, dense: nn.Module) -> None:
+    """Copy the weights of a sparse model that its dense original has, which is all of them.
+
+    Raises:
+        ValueError: If the original has weights that the sparse model lacks.
+    """
+    missing = dense.load_state_dict(sparse.state_dict(), strict=False).missing_keys
+    missing = [key for key in missing if not key.endswith('num_batches_tracked')]
+    if missing:
+        raise ValueError(
+            'a sparse part must have the state-dict names of its original, '
+            f'got none for {", ".join(missing[:4])}'
+        )
+
+
+def _replace(node: object, originals: list[str]) -> None:
+    children = node.values() if isinstance(node, dict) else node
+    for child in children:
+        if isinstance(child, dict | list | tuple):
+            _replace(child, originals)
+    sparse = _sparse_class(node) if isinstance(node, dict) else None
+    if sparse is None:
+        return
+    original = _resolve(sparse.original)
+    if original is None:
+        node.pop('sparsity', None)
+        originals.append(f'{sparse.__name__} without sparsity (for {sparse.original})')
+        return
+    for name in _arguments(sparse) - _arguments(original):
+        node.pop(name, None)
+    node['type'] = sparse.original
+    originals.append(f'{original.__module__.split(".")[0]}.{original.__name__}')
+
+
+def _sparse_class(node: dict) -> type | None:
+    """Class that a node of a config names if it has a dense original."""
+    kind = node.get('type')
+    if isinstance(kind, str):
+        kind = _resolve(kind) if kind.startswith(SCOPE) else None
+    return kind if hasattr(kind, 'original') else None
+
+
+def _resolve(name: str) -> type | None:
+    with MODELS.switch_scope_and_registry(None) as registry:
+        try:
+            return registry.get(name)
+        except RuntimeError:  # mmengine's answer to a name that nobody registered
+            return None
+
+
+def _arguments(cls: type) -> set[str]:
+    return set(inspect.signature(cls.__init__).parameters)
+
+
+def _types(cfg: Mapping) -> str:
+    """Name the types of a model and of its direct parts."""
+    parts = [cfg, *(value for value in cfg.values() if isinstance(value, dict))]
+    return ', '.join(str(part['type']) for part in parts if 'type' in part)

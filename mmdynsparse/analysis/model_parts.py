@@ -1,0 +1,131 @@
+"""The parts of an mmseg or mmdet model as functions that can be timed."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import mmcv
+import numpy as np
+import torch
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import TRANSFORMS
+from torch import Tensor, nn
+
+MODEL_PARTS = ('backbone', 'neck', 'head', 'whole')
+PACKERS = {'mmseg': 'mmseg.PackSegInputs', 'mmdet': 'mmdet.PackDetInputs'}
+META_KEYS = ('img_path', 'ori_shape', 'img_shape', 'scale_factor')
+
+
+def image_batch(
+    batch: int, hw: tuple[int, int], scope: str, image: str | None = None, seed: int = 0
+) -> dict:
+    """Make a batch as a data loader of mmseg or mmdet gives it.
+
+    Args:
+        batch: Number of images.
+        hw: Height and width of the images, in px.
+        scope: 'mmseg' or 'mmdet'.
+        image: File of an image, which is resized and repeated. Defaults to None, noise.
+        seed: Of the noise. Defaults to 0.
+    """
+    rng = np.random.default_rng(seed)
+    packer = TRANSFORMS.build(dict(type=PACKERS[scope], meta_keys=META_KEYS))
+    picture = None if image is None else mmcv.imresize(mmcv.imread(image), hw[::-1])
+    items = []
+    for _ in range(batch):
+        pixels = rng.integers(0, 256, (*hw, 3), np.uint8) if picture is None else picture
+        meta = dict(img_path=image or '', ori_shape=hw, img_shape=hw, scale_factor=(1.0, 1.0))
+        items.append(packer.transform(dict(img=pixels, **meta)))
+    return pseudo_collate(items)
+
+
+def available_parts(model: nn.Module) -> tuple[str, ...]:
+    """Return which of ``MODEL_PARTS`` a model has."""
+    missing = set()
+    if getattr(model, 'neck', None) is None:
+        missing.add('neck')
+    if _head(model) is None:
+        missing.add('head')
+    return tuple(part for part in MODEL_PARTS if part not in missing)
+
+
+def tensor_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the parts that are functions of tensors alone, and so may be compiled or captured."""
+    parts = (_single(model, name) for name in ('backbone', 'neck', 'decode_head'))
+    return [part for part in parts if part is not None]
+
+
+def part_calls(
+    model: nn.Module, parts: Sequence[str], data: dict, dtype: torch.dtype = torch.float32
+) -> dict[str, Callable[[], object]]:
+    """Return a function without arguments for each part of a model.
+
+    'backbone' and 'neck' compute features. 'head' is the head on recorded features: the logits of
+    a segmentor; the predictions, post-processing included, of a detector. 'whole' is ``test_step``
+    on the images, with pre- and post-processing.
+
+    Args:
+        model: The model, in eval mode, as ``to_device`` has left it.
+        parts: Some of ``available_parts(model)``.
+        data: As from ``image_batch``.
+        dtype: That of ``to_device``; if it is not float32 the calls run under autocast, as mixed
+            precision of mmengine does, without which mmseg and mmdet mix dtypes. Defaults to
+            float32.
+    """
+    device = next(model.parameters()).device.type
+    mixed = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    with torch.no_grad(), mixed:
+        processed = model.data_preprocessor(data, False)
+        images, samples = processed['inputs'], processed['data_samples']
+        calls = {'whole': partial(model.test_step, data)}
+        calls['backbone'] = partial(model.backbone, images)
+        if {'neck', 'head'} & set(parts):
+            features = model.backbone(images)
+            if getattr(model, 'neck', None) is not None:
+                calls['neck'] = partial(model.neck, features)
+                features = model.neck(features)
+            calls['head'] = partial(_head(model), features, samples)
+    return {part: calls[part] if dtype == torch.float32 else mixed(calls[part]) for part in parts}
+
+
+def to_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a model, and convert its weights, but not the normalization of images, to a dtype."""
+    model.to(device)
+    for name, part in model.named_children():
+        if name != 'data_preprocessor':
+            part.to(dtype)
+
+    def cast(module: nn.Module, args: tuple, out: dict) -> dict:
+        return {**out, 'inputs': out['inputs'].to(dtype)}
+
+    if dtype != torch.float32:
+        model.data_preprocessor.register_forward_hook(cast)
+
+
+def patch_size(backbone: nn.Module) -> int:
+    """Return the stride of a backbone's first convolution, the side of a patch in px."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            return max(module.stride)
+    return 1
+
+
+def _head(model: nn.Module) -> Callable[[Sequence[Tensor], list], object] | None:
+    """Return the head as a function of features and data samples."""
+    if hasattr(model, 'roi_head') and hasattr(model, 'rpn_head'):
+        return partial(_two_stage, model)
+    if hasattr(model, 'bbox_head'):
+        return model.bbox_head.predict
+    if _single(model, 'decode_head') is not None:
+        return lambda features, samples: model.decode_head(features)
+    return None
+
+
+def _single(model: nn.Module, name: str) -> nn.Module | None:
+    """Return a part that a model has once; mmseg's cascades have lists of heads."""
+    part = getattr(model, name, None)
+    return None if isinstance(part, nn.ModuleList) else part
+
+
+def _two_stage(model: nn.Module, features: Sequence[Tensor], samples: list) -> list:
+    proposals = model.rpn_head.predict(features, samples, rescale=False)
+    return model.roi_head.predict(features, proposals, samples, rescale=False)

@@ -1,0 +1,152 @@
+"""Where the time of a backbone goes, and how much memory a call takes."""
+
+import os
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ..ops.regions import PREFIX, REGIONS, region
+from .calls import around_calls
+
+REST = 'rest'
+PARTS = (*REGIONS, REST)
+WHOLE = PREFIX + 'whole'
+# Modules that are a part wherever they run, by patterns of their names: dense originals and the
+# blocks that no decision concerns have no regions of their own.
+MODULES = {
+    r'(^|\.)predictors\.\d+$': 'predictor',
+    r'\.attn$': 'attention',
+    r'\.(ffn|norm2|ln2)$|^stages\.\d+\.\d+\.(norm|act|pointwise_conv\d)$': 'slow path',
+    r'^layer\d\.\d+\.(conv|bn|norm)\d$': 'slow path',
+    r'\.fast_path$': 'fast path',
+}
+
+
+def breakdown(
+    model: nn.Module, function: Callable[[], object], device: torch.device, runs: int = 5
+) -> dict[str, float]:
+    """Split the time of a call of a backbone into its parts.
+
+    The parts are the regions of :mod:`mmdynsparse.ops.regions`; what lies in none is ``rest``.
+    The time of a region within another one belongs to the inner one alone, so the parts add up to
+    the time of the whole. In a dense original the slow path is the FFN, the MLP or the residual
+    branch of every block.
+
+    Args:
+        model: The backbone, not compiled.
+        function: Calls it, without arguments. It runs without gradients.
+        device: Where it computes. On the CPU times are elapsed time, on CUDA the time in kernels.
+        runs: Profiled calls, after one for warming up. Defaults to 5.
+
+    Returns:
+        Mean time in ms of each name in ``PARTS`` and of 'whole'.
+    """
+    contexts = {
+        name: partial(region, part)
+        for name, _ in model.named_modules()
+        for pattern, part in MODULES.items()
+        if re.search(pattern, name)
+    }
+    with torch.no_grad(), around_calls(model, contexts):
+        function()
+        with _profile(device) as profiler:
+            for _ in range(runs):
+                with record_function(WHOLE):
+                    function()
+                if device.type == 'cuda':
+                    torch.cuda.synchronize()
+    split = _cuda_times if device.type == 'cuda' else _cpu_times
+    totals = defaultdict(float)
+    for event in profiler.events():
+        if event.name == WHOLE and event.device_type == DeviceType.CPU:
+            split(event, REST, totals)
+    times = {part: totals[part] / runs / 1e3 for part in PARTS}
+    return {**times, 'whole': sum(times.values())}
+
+
+def _cpu_times(event: object, part: str, totals: dict[str, float]) -> None:
+    """Add the time of a range, less that of the ranges within it, to its part."""
+    totals[part] += event.time_range.elapsed_us()
+    for child, name in _regions_within(event):
+        totals[part] -= child.time_range.elapsed_us()
+        _cpu_times(child, name, totals)
+
+
+def _regions_within(event: object) -> Iterator[tuple[object, str]]:
+    for child in event.cpu_children:
+        if child.name.startswith(PREFIX):
+            yield child, child.name.removeprefix(PREFIX)
+        else:
+            yield from _regions_within(child)
+
+
+def _cuda_times(event: object, part: str, totals: dict[str, float]) -> None:
+    """Add the time of every kernel to the innermost range that launched it."""
+    totals[part] += sum(kernel.duration for kernel in event.kernels)
+    for child in event.cpu_children:
+        inner = child.name.startswith(PREFIX)
+        _cuda_times(child, child.name.removeprefix(PREFIX) if inner else part, totals)
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> float:
+    """Measure by how much a call raises the memory that torch has allocated, at its peak.
+
+    What exists before the call (weights, inputs) does not count; what it returns does. On CUDA
+    the caching allocator's own statistics are read. On the CPU the allocations and frees that
+    torch's profiler records are summed up in their order: unlike the size of the process, they do
+    not depend on what the allocator keeps. Scratch memory within a library such as oneDNN is not
+    seen.
+
+    Args:
+        function: Function without arguments. It runs without gradients.
+        device: Where it computes.
+
+    Returns:
+        MiB (2 ** 20 bytes).
+    """
+    with torch.no_grad():
+        peak = _cuda_peak(function) if device.type == 'cuda' else _cpu_peak(function, device)
+    return peak / 2**20
+
+
+def _cuda_peak(function: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _cpu_peak(function: Callable[[], object], device: torch.device) -> int:
+    with _profile(device, profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]']
+    held = peak = 0
+    for _, size in sorted(changes, key=lambda change: change[0]):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _profile(device: torch.device, **kwargs) -> Iterator[profile]:
+    activities = [ProfilerActivity.CPU]
+    if device.type == 'cuda':
+        activities.append(ProfilerActivity.CUDA)
+    # Without a GPU the profiler of a CUDA build of torch logs an error that is none.
+    os.environ.setdefault('KINETO_LOG_LEVEL', '5')
+    with warnings.catch_warnings():
+        # It says that events of one cycle are kept, and there is only one.
+        warnings.filterwarnings('ignore', message='.*Profiler clears events')
+        with profile(activities=activities, **kwargs) as profiler:
+            yield profiler

@@ -1,0 +1,132 @@
+"""Tables and plots of what :mod:`mmdynsparse.analysis.benchmark` measured."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from .profiling import PARTS
+
+WIDTH = 128  # characters that the widest table needs
+
+
+def write_json(result: Mapping, path: Path) -> None:
+    """Write a result and create the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + '\n')
+
+
+def print_setting(setting: Mapping) -> None:
+    """Print one line for each entry."""
+    width = max(map(len, setting))
+    for key, value in setting.items():
+        print(f'{key:{width}}  {value}')
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, on a narrow or no terminal with long lines rather than cut."""
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify='left' if i == 0 else 'right')
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    Console(width=max(console.width, WIDTH)).print(table)
+
+
+def latency_table(rows: Sequence[Mapping]) -> None:
+    """Print latency, multiply-adds and memory of the rows of a benchmark."""
+    header = ('part', 'batch', 'size', 'model', 'GMACs', 'median ms', 'p10', 'p90')
+    cells = [
+        (
+            row['part'],
+            str(row['batch']),
+            row['size'],
+            name(row),
+            *(f'{row[key]:.2f}' for key in ('gmacs', 'median', 'p10', 'p90')),
+            verdict(row),
+            f'{row["ideal"]:.2f} x',
+            f'{row["peak_mib"]:.1f}',
+        )
+        for row in rows
+    ]
+    print_table('latency', (*header, 'speed-up', 'by GMACs', 'peak MiB'), cells)
+
+
+def breakdown_table(rows: Sequence[Mapping]) -> None:
+    """Print where the time of the backbones goes, in ms; nothing if there are none."""
+    cells = [
+        (
+            name(row),
+            str(row['batch']),
+            row['size'],
+            *(f'{row["breakdown"][part]:.2f}' for part in (*PARTS, 'whole')),
+        )
+        for row in rows
+        if 'breakdown' in row
+    ]
+    if cells:
+        header = ('backbone', 'batch', 'size', *PARTS, 'whole')
+        print_table('breakdown (ms, eager, profiled)', header, cells)
+
+
+def name(row: Mapping) -> str:
+    """Name the variant of a row: dense, or sparse with its keep ratios."""
+    ratios = ' '.join(f'{ratio:g}' for ratio in row['keep_ratios'])
+    return f'{row["model"]} {ratios}'.strip()
+
+
+def verdict(row: Mapping) -> str:
+    """Say how much faster than dense a row is, and that it is slower where it is."""
+    if row['model'] == 'dense':
+        return '1'
+    return f'{row["speed_up"]:.2f} x' + (', slower' if row['speed_up'] < 1 else '')
+
+
+def plot_latency(rows: Sequence[Mapping], path: Path, title: str) -> None:
+    """Plot latency against the mean keep ratio, one panel for each part, batch and size.
+
+    The ideal line is the dense latency times the share of the dense multiply-adds.
+    """
+    panels = {}
+    for row in rows:
+        panels.setdefault((row['part'], row['batch'], row['size']), []).append(row)
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.6 * lines), layout='constrained')
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for ax, ((part, batch, size), group) in zip(axes, panels.items(), strict=False):
+        _plot_panel(ax, group)
+        ax.set_title(f'{part}, batch {batch}, {size} px', fontsize=10)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_panel(ax: object, rows: Sequence[Mapping]) -> None:
+    dense, *sparse = rows
+    sparse = sorted(sparse, key=_mean_ratio)
+    ratios = [_mean_ratio(row) for row in sparse]
+    medians = [row['median'] for row in sparse]
+    spread = [
+        [row['median'] - row['p10'] for row in sparse],
+        [row['p90'] - row['median'] for row in sparse],
+    ]
+    ax.axhline(dense['median'], color='black', label='dense')
+    ax.errorbar(ratios, medians, spread, marker='o', capsize=3, label='sparse, p10 to p90')
+    ideal = [dense['median'] / row['ideal'] for row in sparse]
+    ax.plot(ratios, ideal, '--', marker='.', color='gray', label='ideal, by GMACs')
+    ax.set_ylim(0, 1.1 * max(row['p90'] for row in rows))
+    ax.set_xlabel('mean keep ratio')
+    ax.set_ylabel('ms')
+    ax.legend(fontsize=8)
+
+
+def _mean_ratio(row: Mapping) -> float:
+    ratios = row['keep_ratios']
+    return sum(ratios) / len(ratios) if ratios else 1.0

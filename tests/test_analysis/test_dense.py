@@ -1,0 +1,90 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from mmdynsparse.analysis.dense import build_pair, dense_config
+
+SWIN = dict(
+    type='mmdynsparse.SparseSwinTransformer',
+    embed_dims=12,
+    depths=(1, 1, 2, 1),
+    num_heads=(1, 2, 4, 8),
+    sparsity=dict(keep_ratio=0.5),
+)
+VIT = dict(
+    type='mmdynsparse.SparseVisionTransformer',
+    embed_dims=16,
+    num_layers=4,
+    num_heads=2,
+    out_indices=(1, 3),
+    reactivate=True,
+    sparsity=dict(keep_ratio=0.5),
+)
+CONVNEXT = dict(
+    type='mmdynsparse.SparseConvNeXt',
+    arch=dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32)),
+    out_indices=(0, 3),
+    gap_before_final_norm=False,
+    sparsity=dict(keep_ratio=0.5),
+)
+
+
+@pytest.fixture
+def scope():
+    """Function that sets the default scope, as the tools do."""
+    yield init_default_scope
+    init_default_scope('mmseg')
+
+
+@pytest.mark.parametrize('library', ['mmseg', 'mmdet'])
+def test_original_is_that_of_the_default_scope(library, scope):
+    scope(library)
+    model = dict(type='Anything', stages=[dict(backbone=SWIN)], neck=dict(type='FPN'))
+    before = deepcopy(model)
+    cfg, originals = dense_config(model)
+    assert originals == [f'{library}.SwinTransformer']
+    backbone = cfg['stages'][0]['backbone']
+    assert backbone['type'] == 'SwinTransformer'
+    assert set(backbone) == set(SWIN) - {'sparsity'}
+    assert model == before
+    assert MODELS.build(backbone).__module__.startswith(library)
+
+
+@pytest.mark.parametrize('cfg', [SWIN, VIT, CONVNEXT], ids=lambda cfg: cfg['type'].split('.')[1])
+def test_dense_model_has_the_weights_and_computes_the_sparse_model_that_keeps_all(cfg, scope):
+    scope('mmseg')
+    sparse, dense, originals = build_pair(cfg)
+    sparse.set_keep_ratio(1.0)
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for ours, original in zip(sparse(x), dense(x), strict=True):
+            torch.testing.assert_close(ours, original, atol=1e-5, rtol=1e-4)
+    weights = sparse.state_dict()
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    assert not any('predictors' in name for name in dense.state_dict())
+    assert not sparse.training and not dense.training
+    if cfg is not CONVNEXT:
+        assert originals[0].startswith('mmseg.')
+
+
+def test_own_arguments_are_dropped(scope):
+    scope('mmseg')
+    assert 'reactivate' not in dense_config(VIT).model
+
+
+def test_ours_stands_in_where_the_original_is_not_installed(scope):
+    scope('mmdet')  # it has no VisionTransformer
+    cfg, originals = dense_config(VIT)
+    assert cfg['type'] == VIT['type'] and 'sparsity' not in cfg
+    assert originals == ['SparseVisionTransformer without sparsity (for VisionTransformer)']
+
+
+def test_a_config_without_a_sparse_part(scope):
+    scope('mmseg')
+    cfg = Config(dict(model=dict(type='EncoderDecoder', backbone=dict(type='SwinTransformer'))))
+    with pytest.raises(ValueError, match=r'sparse part.*got none among EncoderDecoder, SwinTrans'):
+        dense_config(cfg.model)

@@ -1,0 +1,87 @@
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from mmdynsparse.analysis.calls import around_calls
+from mmdynsparse.analysis.profiling import PARTS, breakdown, peak_memory
+from mmdynsparse.ops import region
+
+CPU = torch.device('cpu')
+MB = 2**18  # float32 values of a MiB
+
+
+class Naps(nn.Module):
+    """Spends known times in its regions, one of them within another."""
+
+    def __init__(self):
+        super().__init__()
+        self.ffn = nn.Identity()
+        self.block = nn.Module()
+        self.block.attn = Nap(0.004)
+
+    def forward(self, x):
+        time.sleep(0.002)
+        with region('slow path'):
+            time.sleep(0.008)
+            with region('gather'):
+                time.sleep(0.016)
+            with region('slow path'):
+                time.sleep(0.001)
+        self.block.attn(x)
+        return x
+
+
+class Nap(nn.Module):
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return x
+
+
+def test_breakdown_counts_nested_regions_once_and_sums_to_the_whole():
+    model = Naps()
+    times = breakdown(model, lambda: model(torch.zeros(1)), CPU, runs=2)
+    assert set(times) == {*PARTS, 'whole'}
+    expected = {'rest': 2, 'slow path': 9, 'gather': 16, 'attention': 4}
+    for part in PARTS:
+        assert expected.get(part, 0) <= times[part] < expected.get(part, 0) * 1.5 + 1, part
+    assert times['whole'] == pytest.approx(sum(times[part] for part in PARTS))
+    assert 'forward' not in model.block.attn.__dict__
+
+
+def test_calls_are_surrounded_whichever_way_they_are_made():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].forward = marked = lambda x: x + 1
+    calls = []
+
+    class Note:
+        def __enter__(self):
+            calls.append('in')
+
+        def __exit__(self, *_):
+            calls.append('out')
+
+    with pytest.raises(ZeroDivisionError), around_calls(model, {'0': Note, '1': Note}):
+        model[0].forward(torch.zeros(1, 2))
+        assert torch.equal(model[1](torch.zeros(1)), torch.ones(1))
+        assert calls == ['in', 'out'] * 2
+        raise ZeroDivisionError
+    assert 'forward' not in model[0].__dict__
+    assert model[1].forward is marked
+
+
+def test_peak_memory():
+    def call():
+        a = torch.zeros(4 * MB)
+        b = torch.zeros(MB)
+        del a
+        return b, torch.zeros(2 * MB)
+
+    assert peak_memory(call, CPU) == pytest.approx(5, abs=0.01)
+    weight = torch.zeros(512, 512)
+    assert peak_memory(lambda: weight @ weight, CPU) == pytest.approx(1, abs=0.01)
