@@ -9,7 +9,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..ops import head_rows, region, relative_position_index, shift_mask, window_layout
+from ..ops import head_rows, region, relative_position_index, shift_mask
 
 
 class WindowMSA(BaseModule):
@@ -111,15 +111,15 @@ class ShiftWindowMSA(BaseModule):
     def _forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
         (b, n, c), heads = x_BNC.shape, self.w_msa.num_heads
         shift = self._shift(hw)
-        layout = window_layout(b, hw, self.window_size, shift, x_BNC.device)
         qkv_rows, out_rows = head_rows(b, hw, self.window_size, shift, heads, x_BNC.device)
         x = x_BNC.reshape(b * n, c)
-        if layout.padded:
+        if qkv_rows.numel() > 3 * b * n * heads:
             # Slots in the padding hold a zero token; its keys and values are the biases.
             x = torch.cat((x, x.new_zeros(1, c)))
         qkv = self.w_msa.qkv(x).view(-1, c // heads).index_select(0, qkv_rows)
         qkv = qkv.view(3, b, -1, heads, self.window_size**2, c // heads)
-        mask = shift_mask(layout.grid, self.window_size, shift, x.device) if shift else None
+        grid = tuple(-(-side // self.window_size) for side in hw)
+        mask = shift_mask(grid, self.window_size, shift, x.device) if shift else None
         out = self.w_msa.attend(qkv, mask)
         out = out.reshape(-1, c // heads).index_select(0, out_rows).view(b, n, c)
         return self.proj_drop(self.w_msa.proj(out))

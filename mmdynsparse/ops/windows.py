@@ -5,7 +5,9 @@ windows are one permutation, so they cost one gather instead of four copies of t
 letters: B images, L windows of one image, T = window_size ** 2 tokens of a window, N = H * W.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import wraps
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -19,18 +21,48 @@ class WindowLayout(NamedTuple):
         tokens: (B, L, T) int64, the position of each window slot in the flattened (B * N) batch;
             slots in the padding hold B * N.
         slots: (B, N) int64, the inverse: the position of each token among the B * L * T slots.
-        grid: Windows per image, vertically and horizontally, L = product.
-        padded: Whether any slot lies in the padding.
     """
 
     tokens: Tensor
     slots: Tensor
-    grid: tuple[int, int]
-    padded: bool
 
 
-# One entry for each stage and shift of two input sizes; variable-size inputs replace entries.
-@lru_cache(maxsize=16)
+def _cached(function: Callable) -> Callable:
+    """Keep what a function of shapes and, as the last argument, a device returned.
+
+    A graph that torch.compile or torch.export traces computes its own: what is traced has no
+    values to keep. Neither has what is made while a CUDA graph is captured, before the graph
+    runs. What a captured graph reads of the kept tensors is kept for good.
+    """
+    kept, lasting, lock = {}, set(), Lock()
+
+    @wraps(function)
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return function(*args)
+        result = kept.get(args)
+        if _is_capturing(args[-1]):
+            if result is None:
+                return function(*args)
+            lasting.add(args)
+        elif result is None:
+            # A kept tensor must also serve training after it was made under inference mode.
+            with torch.inference_mode(False):
+                result = function(*args)
+            with lock:
+                # Enough for each stage and shift of two input sizes.
+                if len(kept) - len(lasting) >= 16:
+                    del kept[next(key for key in kept if key not in lasting)]
+                kept[args] = result
+        return result
+
+    return call
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+
+
 def window_layout(
     batch: int, hw: tuple[int, int], window_size: int, shift: int, device: torch.device
 ) -> WindowLayout:
@@ -45,22 +77,28 @@ def window_layout(
     """
     h, w = hw
     rows, cols = -(-h // window_size), -(-w // window_size)
-    # A cached tensor must also serve training after it was made under inference mode.
-    with torch.inference_mode(False):
-        map_HW = torch.full((rows * window_size, cols * window_size), -1, device=device)
-        map_HW[:h, :w] = torch.arange(h * w, device=device).view(h, w)
-        map_HW = map_HW.roll((-shift, -shift), (0, 1))
-        slots_LT = map_HW.view(rows, window_size, cols, window_size).transpose(1, 2)
-        slots_LT = slots_LT.reshape(rows * cols, window_size**2)
-        image_B11 = torch.arange(batch, device=device).view(batch, 1, 1)
-        tokens = torch.where(slots_LT < 0, batch * h * w, slots_LT + image_B11 * (h * w))
-        slots = torch.empty(batch * h * w + 1, dtype=torch.int64, device=device)
-        slots[tokens.flatten()] = torch.arange(tokens.numel(), device=device)
-    padded = tokens.numel() > batch * h * w
-    return WindowLayout(tokens, slots[:-1].view(batch, h * w), (rows, cols), padded)
+    end_y, end_x = rows * window_size, cols * window_size
+    image_B11 = torch.arange(batch, device=device).view(batch, 1, 1)
+
+    # Closed forms, which a compiler computes where they are read: first what a slot holds.
+    y = (torch.arange(end_y, device=device) + shift) % end_y
+    x = (torch.arange(end_x, device=device) + shift) % end_x
+    y, x = y.view(rows, 1, window_size, 1), x.view(cols, 1, window_size)
+    token_LT = (y * w + x).reshape(rows * cols, -1)
+    inside_LT = ((y < h) & (x < w)).reshape(rows * cols, -1)
+    tokens = torch.where(inside_LT, token_LT + image_B11 * (h * w), batch * h * w)
+
+    # Then where a token stands.
+    y = (torch.arange(h, device=device) - shift).view(h, 1) % end_y
+    x = (torch.arange(w, device=device) - shift) % end_x
+    window_HW = y // window_size * cols + x // window_size
+    slot_HW = y % window_size * window_size + x % window_size
+    slot_N = (window_HW * window_size**2 + slot_HW).flatten()
+    slots = slot_N + image_B11[..., 0] * (end_y * end_x)
+    return WindowLayout(tokens, slots)
 
 
-@lru_cache(maxsize=16)
+@_cached
 def head_rows(
     batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -73,34 +111,33 @@ def head_rows(
     """
     layout = window_layout(batch, hw, window_size, shift, device)
     t = window_size**2
-    with torch.inference_mode(False):
-        head_H1 = torch.arange(heads, device=device).view(heads, 1)
-        part_3 = torch.arange(3, device=device).view(3, 1, 1, 1, 1)
-        qkv_rows = (layout.tokens[:, :, None] * 3 + part_3) * heads + head_H1
-        window, slot = layout.slots // t, layout.slots % t
-        out_rows = (window[..., None] * heads + head_H1[:, 0]) * t + slot[..., None]
+    head_H1 = torch.arange(heads, device=device).view(heads, 1)
+    part_3 = torch.arange(3, device=device).view(3, 1, 1, 1, 1)
+    qkv_rows = (layout.tokens[:, :, None] * 3 + part_3) * heads + head_H1
+    window, slot = layout.slots // t, layout.slots % t
+    out_rows = (window[..., None] * heads + head_H1[:, 0]) * t + slot[..., None]
     return qkv_rows.flatten(), out_rows.flatten()
 
 
-@lru_cache(maxsize=16)
+@_cached
 def shift_mask(grid: tuple[int, int], window_size: int, shift: int, device: torch.device) -> Tensor:
     """Attention mask that keeps regions apart which the cyclic shift brought into one window.
 
     Returns:
-        (rows, cols, 1, T, T) float32, 0 within a region and -100 across regions, as Swin's; it
-        differs from 0 in the last row and the last column of windows only.
+        (rows, cols, 1, T, T) float32 for a ``grid`` of rows and columns of windows, 0 within a
+        region and -100 across regions, as Swin's; it differs from 0 in the last row and the last
+        column of windows only.
     """
-    with torch.inference_mode(False):
-        region = []
-        for count in grid:
-            coords = torch.arange(count * window_size, device=device)
-            end = count * window_size
-            region.append((coords >= end - window_size).long() + (coords >= end - shift).long())
-        ids = region[0][:, None] * 3 + region[1]
-        ids = ids.view(grid[0], window_size, grid[1], window_size).transpose(1, 2)
-        ids = ids.reshape(*grid, 1, window_size**2)
-        across = ids[..., :, None] != ids[..., None, :]
-        return across.float() * -100.0
+    region = []
+    for count in grid:
+        coords = torch.arange(count * window_size, device=device)
+        end = count * window_size
+        region.append((coords >= end - window_size).long() + (coords >= end - shift).long())
+    ids = region[0][:, None] * 3 + region[1]
+    ids = ids.view(grid[0], window_size, grid[1], window_size).transpose(1, 2)
+    ids = ids.reshape(*grid, 1, window_size**2)
+    across = ids[..., :, None] != ids[..., None, :]
+    return across.float() * -100.0
 
 
 def relative_position_index(window_size: int) -> Tensor:

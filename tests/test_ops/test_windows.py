@@ -2,7 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmdynsparse.ops import head_rows, relative_position_index, shift_mask, window_layout
+from mmdynsparse.ops import (
+    head_rows,
+    relative_position_index,
+    shift_mask,
+    window_layout,
+    windows,
+)
 
 CPU = torch.device('cpu')
 SHAPES = [((14, 14), 7, 0), ((14, 21), 7, 3), ((9, 16), 7, 3), ((1, 1), 7, 3), ((3, 30), 4, 2)]
@@ -25,7 +31,6 @@ def test_layout_equals_pad_roll_partition(hw, size, shift):
     windows = padded[layout.tokens]
     assert torch.equal(windows, windows_by_copies(x, size, shift))
     assert torch.equal(windows.reshape(-1, c)[layout.slots].view_as(x), x)
-    assert layout.padded == bool(hw[0] % size or hw[1] % size)
 
 
 @pytest.mark.parametrize('hw, size, shift', SHAPES)
@@ -43,10 +48,43 @@ def test_head_rows_spell_the_layout_out(hw, size, shift):
 
 def test_layout_made_under_inference_mode_serves_training():
     with torch.inference_mode():
-        layout = window_layout(1, (5, 6), 4, 2, CPU)
-        rows, _ = head_rows(1, (5, 6), 4, 2, 2, CPU)
+        rows = head_rows(1, (5, 6), 4, 2, 2, CPU)
         mask = shift_mask((2, 2), 4, 2, CPU)
-    assert not any(t.is_inference() for t in (layout.tokens, layout.slots, rows, mask))
+    assert not any(t.is_inference() for t in (*rows, mask))
+
+
+def test_layouts_are_kept_until_others_replace_them():
+    first = shift_mask((1, 2), 4, 2, CPU)
+    assert shift_mask((1, 2), 4, 2, CPU) is first
+    for cols in range(20):
+        shift_mask((2, cols + 1), 4, 2, CPU)
+    again = shift_mask((1, 2), 4, 2, CPU)
+    assert again is not first and torch.equal(again, first)
+
+
+def test_captured_graphs_keep_what_they_read(monkeypatch):
+    warm = shift_mask((1, 3), 4, 2, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(windows, '_is_capturing', lambda device: True)
+        assert shift_mask((1, 3), 4, 2, CPU) is warm
+        cold = shift_mask((1, 4), 4, 2, CPU)
+    # What was made in the capture has no values before the graph runs.
+    assert shift_mask((1, 4), 4, 2, CPU) is not cold
+    for cols in range(20):
+        shift_mask((2, cols + 1), 4, 2, CPU)
+    assert shift_mask((1, 3), 4, 2, CPU) is warm
+
+
+def test_traced_layouts_are_not_kept():
+    class Shifted(torch.nn.Module):
+        def forward(self, x):
+            return x + shift_mask((3, 1), 4, 2, CPU)
+
+    x = torch.zeros(3, 1, 1, 16, 16)
+    exported = torch.export.export(Shifted(), (x,), strict=False)
+    mask = shift_mask((3, 1), 4, 2, CPU)
+    assert type(mask) is torch.Tensor
+    assert torch.equal(exported.module()(x), mask)
 
 
 def test_shift_mask_separates_what_the_roll_joined():

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ class SparseBackbone(BaseModule):
         self.execution = 'auto'
         self.has_ratio_loss = False
         self._warned = False
+        self.register_forward_hook(_forget_exported)
 
     @property
     def execution(self) -> str:
@@ -132,6 +134,12 @@ class SparseBackbone(BaseModule):
     def __getstate__(self) -> dict:
         """Copies and pickles leave the last forward's decisions, and their graph, behind."""
         return {**self.__dict__, 'decisions': []}
+
+
+def _forget_exported(backbone: SparseBackbone, args: tuple, outs: tuple) -> None:
+    """Leave none of the decisions that torch.export traced, which have no values."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+        backbone.decisions = []
 
 
 def build_part(cfg: dict, embed_dims: int) -> nn.Module:

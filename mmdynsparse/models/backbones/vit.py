@@ -320,7 +320,7 @@ class SparseVisionTransformer(SparseBackbone):
             return whole_BTC, None, mask_BT
         fixed = not self.training and self.sparsity.selector == 'topk'
         n = decision.mask.shape[1]
-        count = num_kept(n, ratio) + self.with_cls_token if fixed else None
+        count = num_kept(n, ratio) + int(self.with_cls_token) if fixed else None
         subset = token_subset(mask_BT.detach(), count)
         return take_tokens(whole_BTC, subset), subset, None
 
