@@ -17,8 +17,10 @@ HALF_BLOCKS = (
     (128, 128, 64, 8, 3),
     (128, 64, 64, 4, 3),
     (64, 128, 64, 4, 3),
+    (64, 64, 128, 4, 3),
     (64, 64, 64, 4, 4),
     (64, 64, 32, 4, 4),
+    (32, 64, 128, 4, 3),
     (32, 64, 64, 4, 4),
     (32, 32, 64, 2, 4),
 )
@@ -38,17 +40,18 @@ def dot(a, b, acc, WIDEN: tl.constexpr):
 INTERPRETED = not isinstance(dot, triton.JITFunction)
 
 
-def tuned(kernel: Callable, key: list[str]) -> Callable:
+def tuned(kernel: Callable, key: list[str], more_half_blocks: tuple = ()) -> Callable:
     """Choose a kernel's blocks by timing, once for each value of the arguments in ``key``.
 
     Args:
         kernel: Has the arguments BLOCK_M, BLOCK_N and BLOCK_K and a first argument of the dtype
             of its products.
         key: Names of arguments; dtypes count by themselves.
+        more_half_blocks: Blocks to try beside ``HALF_BLOCKS``. Defaults to none.
     """
     if INTERPRETED:
         return triton.autotune([_config(16, 32, 16, 1, 1)], key)(kernel)
-    half = [_config(*blocks) for blocks in HALF_BLOCKS]
+    half = [_config(*blocks) for blocks in more_half_blocks + HALF_BLOCKS]
     full = [_config(*blocks) for blocks in FLOAT_BLOCKS]
 
     def fitting(configs: list, arguments: dict, **kwargs: object) -> list:

@@ -51,8 +51,7 @@ def compile_kernel(compiled, tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', CONSTANTS)
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16', 'fp32'])
 def test_largest_blocks(compile_kernel, name, dtype, capability):
-    common = import_module('mmdynsparse.ops.kernels.triton_common')
-    blocks = (common.FLOAT_BLOCKS if dtype == 'fp32' else common.HALF_BLOCKS)[0]
+    blocks = all_blocks(name, dtype)[0]
     check(compile_kernel(name, dtype, blocks, capability), dtype, capability)
 
 
@@ -61,9 +60,16 @@ def test_largest_blocks(compile_kernel, name, dtype, capability):
 @pytest.mark.parametrize('name', CONSTANTS)
 @pytest.mark.parametrize('dtype', ['bf16', 'fp32'])
 def test_all_blocks(compile_kernel, name, dtype, capability):
-    common = import_module('mmdynsparse.ops.kernels.triton_common')
-    for blocks in common.FLOAT_BLOCKS if dtype == 'fp32' else common.HALF_BLOCKS:
+    for blocks in all_blocks(name, dtype):
         check(compile_kernel(name, dtype, blocks, capability), dtype, capability)
+
+
+def all_blocks(name, dtype):
+    common = import_module('mmdynsparse.ops.kernels.triton_common')
+    if dtype == 'fp32':
+        return common.FLOAT_BLOCKS
+    wide = import_module('mmdynsparse.ops.kernels.triton_conv').WIDE_BLOCKS
+    return (wide if name == 'conv_kernel' else ()) + common.HALF_BLOCKS
 
 
 def check(binary, dtype, capability):
