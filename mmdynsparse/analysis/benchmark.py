@@ -10,8 +10,9 @@ from torch import nn
 from .dense import Pair
 from .execution import executed_by, forwards, with_keep_ratio
 from .flops import count_macs
+from .images import image_batch
 from .latency import compare_latency
-from .model_parts import image_batch, part_calls, tensor_modules
+from .model_parts import part_calls, tensor_modules
 from .profiling import breakdown, peak_memory
 
 DENSE = 'dense'
@@ -102,7 +103,7 @@ def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
 
 
 def keep_rates(model: nn.Module) -> list[float]:
-    """Share of locations that each predictor kept in the model's last forward."""
+    """Share of locations that each predictor kept in the last forward of its backbone or head."""
     decisions = [d for module in model.modules() for d in getattr(module, 'decisions', ())]
     return [decision.mask.float().mean().item() for decision in decisions]
 

@@ -2,7 +2,9 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config
@@ -98,6 +100,25 @@ def load_models(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Config, P
     for model in (pair.sparse, pair.dense):
         to_device(model, device, dtype)
     return cfg, pair
+
+
+@contextmanager
+def keep_partial(result: dict, count: Callable[[], str]) -> Iterator[None]:
+    """Turn what stops a measurement into an error that says how much was measured before.
+
+    Args:
+        result: Gets the traceback under 'error'.
+        count: Says how much there is.
+
+    Raises:
+        ValueError: If anything fails or the user interrupts.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        result['error'] = traceback.format_exc()
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+        raise ValueError(f'stopped by {reason}; measured before: {count()}') from error
 
 
 def check_sizes(sizes: Sequence[tuple[int, int]], pair: Pair) -> None:

@@ -30,7 +30,7 @@ def count_macs(model_or_fn: nn.Module | Callable, *inputs: object) -> int:
     try:
         for module in modules:
             module.training = False
-        with torch.no_grad(), _plain_attention(), counter:
+        with torch.no_grad(), plain_attention(), counter:
             model_or_fn(*inputs)
     finally:
         for module, mode in zip(modules, modes, strict=True):
@@ -39,7 +39,7 @@ def count_macs(model_or_fn: nn.Module | Callable, *inputs: object) -> int:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """Run attention as matrix products: torch counts nothing for some of its fused forms."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -3,39 +3,10 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import mmcv
-import numpy as np
 import torch
-from mmengine.dataset import pseudo_collate
-from mmengine.registry import TRANSFORMS
 from torch import Tensor, nn
 
 MODEL_PARTS = ('backbone', 'neck', 'head', 'whole')
-PACKERS = {'mmseg': 'mmseg.PackSegInputs', 'mmdet': 'mmdet.PackDetInputs'}
-META_KEYS = ('img_path', 'ori_shape', 'img_shape', 'scale_factor')
-
-
-def image_batch(
-    batch: int, hw: tuple[int, int], scope: str, image: str | None = None, seed: int = 0
-) -> dict:
-    """Make a batch as a data loader of mmseg or mmdet gives it.
-
-    Args:
-        batch: Number of images.
-        hw: Height and width of the images, in px.
-        scope: 'mmseg' or 'mmdet'.
-        image: File of an image, which is resized and repeated. Defaults to None, noise.
-        seed: Of the noise. Defaults to 0.
-    """
-    rng = np.random.default_rng(seed)
-    packer = TRANSFORMS.build(dict(type=PACKERS[scope], meta_keys=META_KEYS))
-    picture = None if image is None else mmcv.imresize(mmcv.imread(image), hw[::-1])
-    items = []
-    for _ in range(batch):
-        pixels = rng.integers(0, 256, (*hw, 3), np.uint8) if picture is None else picture
-        meta = dict(img_path=image or '', ori_shape=hw, img_shape=hw, scale_factor=(1.0, 1.0))
-        items.append(packer.transform(dict(img=pixels, **meta)))
-    return pseudo_collate(items)
 
 
 def available_parts(model: nn.Module) -> tuple[str, ...]:
@@ -66,7 +37,7 @@ def part_calls(
     Args:
         model: The model, in eval mode, as ``to_device`` has left it.
         parts: Some of ``available_parts(model)``.
-        data: As from ``image_batch``.
+        data: As a data loader gives it.
         dtype: That of ``to_device``; if it is not float32 the calls run under autocast, as mixed
             precision of mmengine does, without which mmseg and mmdet mix dtypes. Defaults to
             float32.

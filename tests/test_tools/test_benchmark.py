@@ -114,7 +114,7 @@ def test_measured_rows_are_written_when_a_later_setting_fails(
     monkeypatch.setattr(library, 'image_batch', fail_at_128)
     args = ('--sizes', 64, 128, '--parts', 'backbone', '--rounds', 1, '--out', tmp_path)
     line = fails(TOOL, write_config('seg'), *args)
-    assert f'stopped by {type(fault).__name__}' in line and '2 rows were measured before' in line
+    assert f'stopped by {type(fault).__name__}' in line and 'measured before: 2 rows' in line
     result = json.loads((tmp_path / 'benchmark.json').read_text())
     assert [row['size'] for row in result['rows']] == ['64x64', '64x64']
     assert 'fail_at_128' in result['error']
@@ -142,7 +142,7 @@ def test_bad_arguments(args: tuple, expected: str, fails: Callable, write_config
     assert expected in fails(TOOL, write_config('seg'), *args)
 
 
-@pytest.mark.parametrize('tool', [TOOL])
+@pytest.mark.parametrize('tool', [TOOL, 'analysis_tools/get_flops.py'])
 def test_bad_models(tool: str, fails: Callable, write_config: Callable, tmp_path: Path) -> None:
     config = write_config('seg')
     assert 'config must be an existing file' in fails(tool, tmp_path / 'none.py')

@@ -3,7 +3,6 @@
 import argparse
 import shlex
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mmdynsparse.analysis.command_line import (
     check_image,
     check_sizes,
     image_size,
+    keep_partial,
     keep_ratio,
     load_models,
 )
@@ -129,18 +129,13 @@ def measure(groups: Iterator[list[dict]], result: dict, out: Path | None) -> Non
         ValueError: If a setting failed or the run was interrupted.
     """
     try:
-        for rows in groups:
-            result['rows'] += rows
-            last = rows[0]
-            print(f'measured {last["part"]}, batch {last["batch"]}, {last["size"]}', flush=True)
-            if out:
-                write_json(result, out / 'benchmark.json')
-    except (Exception, KeyboardInterrupt) as error:
-        result['error'] = traceback.format_exc()
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-        raise ValueError(
-            f'stopped by {reason}; {len(result["rows"])} rows were measured before'
-        ) from error
+        with keep_partial(result, lambda: f'{len(result["rows"])} rows'):
+            for rows in groups:
+                result['rows'] += rows
+                last = rows[0]
+                print(f'measured {last["part"]}, batch {last["batch"]}, {last["size"]}', flush=True)
+                if out:
+                    write_json(result, out / 'benchmark.json')
     finally:
         report(result, out)
 
