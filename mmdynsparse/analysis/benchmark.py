@@ -7,6 +7,7 @@ from itertools import product
 import torch
 from torch import nn
 
+from .calls import recorded_keep_rates
 from .dense import Pair
 from .execution import executed_by, forwards, with_keep_ratio
 from .flops import count_macs
@@ -62,8 +63,9 @@ def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
     Yields:
         For each batch size, input size and part the rows of all variants, the dense one first:
         part, mode, batch, size (HxW, px), model, keep_ratios and kept (target and measured share
-        of each predictor), gmacs, median, p10, p90 (ms), speed_up and ideal (dense median and
-        GMACs divided by those of the row), peak_mib; for the backbone also the breakdown (ms).
+        of each predictor, the latter for those that the part runs), gmacs, median, p10, p90 (ms),
+        speed_up and ideal (dense median and GMACs divided by those of the row), peak_mib; for the
+        backbone also the breakdown (ms).
         Multiply-adds, memory and breakdown are those of eager execution.
 
     Raises:
@@ -102,19 +104,15 @@ def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
             ]
 
 
-def keep_rates(model: nn.Module) -> list[float]:
-    """Share of locations that each predictor kept in the last forward of its backbone or head."""
-    decisions = [d for module in model.modules() for d in getattr(module, 'decisions', ())]
-    return [decision.mask.float().mean().item() for decision in decisions]
-
-
 def _costs(model: nn.Module, part: str, call: Callable[[], object], plan: Plan) -> dict:
     """What does not depend on the mode and is measured once."""
-    costs = dict(gmacs=count_macs(call) / 1e9, peak_mib=peak_memory(call, plan.device))
+    with recorded_keep_rates(model) as kept:
+        costs = dict(gmacs=count_macs(call) / 1e9)
+    costs['peak_mib'] = peak_memory(call, plan.device)
     if part == 'backbone':
         costs['breakdown'] = breakdown(model.backbone, call, plan.device, min(plan.rounds, 5))
     targets = [ratio for module in model.modules() for ratio in getattr(module, 'keep_ratios', ())]
-    return dict(keep_ratios=targets, kept=keep_rates(model), **costs)
+    return dict(keep_ratios=targets, kept=kept, **costs)
 
 
 def _mode(model: nn.Module, part: str, mode: str) -> str:

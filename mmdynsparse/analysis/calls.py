@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from functools import partial, wraps
 
 from torch import nn
 
@@ -32,6 +32,36 @@ def around_calls(
             del module.forward
             if before[name] is not None:
                 module.forward = before[name]
+
+
+@contextmanager
+def recorded_keep_rates(model: nn.Module) -> Iterator[list[float]]:
+    """Record what share of the locations the predictors keep.
+
+    Args:
+        model: The model.
+
+    Yields:
+        A list that gets, at the end, the share that each predictor kept, in the order of the
+        modules: the mean over all calls, of which a sliding window makes several an image.
+    """
+    modules = {name: module for name, module in model.named_modules() if _decides(module)}
+    seen = {name: [] for name in modules}
+
+    @contextmanager
+    def record(name: str) -> Iterator[None]:
+        yield
+        seen[name].append([d.mask.float().mean().item() for d in modules[name].decisions])
+
+    rates = []
+    with around_calls(model, {name: partial(record, name) for name in modules}):
+        yield rates
+    for calls in seen.values():
+        rates += [sum(column) / len(column) for column in zip(*calls, strict=True)]
+
+
+def _decides(module: nn.Module) -> bool:
+    return hasattr(module, 'decisions')
 
 
 def _within(context: Callable[[], AbstractContextManager], forward: Callable) -> Callable:

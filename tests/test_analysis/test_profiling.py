@@ -1,10 +1,11 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from mmdynsparse.analysis.calls import around_calls
+from mmdynsparse.analysis.calls import around_calls, recorded_keep_rates
 from mmdynsparse.analysis.profiling import PARTS, breakdown, peak_memory
 from mmdynsparse.ops import region
 
@@ -82,6 +83,20 @@ def test_calls_are_surrounded_whichever_way_they_are_made():
         raise ZeroDivisionError
     assert 'forward' not in model[0].__dict__
     assert model[1].forward is marked
+
+
+def test_keep_rates_are_the_mean_over_all_calls():
+    class Chooser(nn.Module):
+        decisions = ()
+
+        def forward(self, rates):
+            self.decisions = [SimpleNamespace(mask=torch.tensor([r])) for r in rates]
+
+    model = nn.ModuleDict(dict(backbone=Chooser(), idle=Chooser()))
+    with recorded_keep_rates(model) as rates:
+        model['backbone']((0.5, 1.0))
+        model['backbone']((0.0, 0.5))
+    assert rates == [0.25, 0.75]
 
 
 def test_peak_memory():

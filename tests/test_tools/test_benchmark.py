@@ -57,6 +57,7 @@ def test_segmentor(run: Callable, write_config: Callable, tmp_path: Path) -> Non
     gmacs = [row['gmacs'] for row in rows[:4]]
     assert gmacs[0] >= gmacs[1] > gmacs[2] > gmacs[3]
     assert rows[2]['kept'] == pytest.approx([0.5])
+    assert [row['kept'] for row in rows[4:8]] == [[]] * 4  # of the head
     setting = result['setting']
     assert setting['dense'] == 'mmseg.SwinTransformer' and setting['weights'] == 'random'
     for key in ('device', 'threads', 'torch', 'mmengine', 'mmcv', 'mmseg', 'dtype', 'mode', 'seed'):

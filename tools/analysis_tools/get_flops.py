@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mmdynsparse.analysis.benchmark import keep_rates
+from mmdynsparse.analysis.calls import recorded_keep_rates
 from mmdynsparse.analysis.command_line import (
     AnalysisParser,
     at_least,
@@ -78,9 +78,10 @@ def count(pair: Pair, batches: Iterator[dict], result: dict, depth: int) -> None
     try:
         with keep_partial(result, lambda: f'{len(rates)} images'):
             for data in batches:
-                for meter in meters.values():
-                    meter.run(partial(meter.model.test_step, data))
-                rates.append(keep_rates(pair.sparse))
+                with recorded_keep_rates(pair.sparse) as kept:
+                    for meter in meters.values():
+                        meter.run(partial(meter.model.test_step, data))
+                rates.append(kept)
     finally:
         targets = [r for m in pair.sparse.modules() for r in getattr(m, 'keep_ratios', ())]
         result['images'] = len(rates)
