@@ -1,7 +1,8 @@
 """Fused forms of the sparse ops, chosen by name.
 
 Every op has a ``torch`` form, the default, which runs everywhere and defines what the op means,
-and a ``triton`` form for CUDA devices. Triton is imported only when its form is asked for.
+and a ``triton`` form for CUDA devices. Triton (3.0 or later, as it comes with torch 2.4) is
+imported only when its form is asked for.
 
 The Triton forms are for inference: training runs masked, with both paths everywhere, so they
 have no backward pass and refuse an input that needs one. They never wait for the device, so that

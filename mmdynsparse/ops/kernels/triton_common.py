@@ -68,7 +68,7 @@ def size_class(rows: int) -> int:
     return (rows - 1).bit_length()
 
 
-def blocks(rows: int, columns: int) -> Callable[[dict], tuple[int]]:
+def grid_of(rows: int, columns: int) -> Callable[[dict], tuple[int]]:
     """Return the launch grid: one program for each block of the result."""
     return lambda meta: (
         triton.cdiv(rows, meta['BLOCK_M']) * triton.cdiv(columns, meta['BLOCK_N']),

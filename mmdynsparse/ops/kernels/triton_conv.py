@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import check_cell_conv, tensors_of
-from .triton_common import blocks, check_launch, dot, size_class, tuned, widen
+from .triton_common import check_launch, dot, grid_of, size_class, tuned, widen
 
 # Without a layer norm in the loop the registers hold more columns.
 WIDE_BLOCKS = ((128, 256, 64, 8, 3),)
@@ -50,7 +50,7 @@ def cell_conv(
     if k == 0:
         return out_KCgg
     rows = k * g * g
-    _conv[blocks(rows, c_out)](
+    _conv[grid_of(rows, c_out)](
         x_BCHW,
         cells_K.contiguous(),
         weight.contiguous(memory_format=torch.channels_last),

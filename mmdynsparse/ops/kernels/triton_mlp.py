@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import LinearWeights, MlpWeights, check_sparse_mlp, tensors_of
-from .triton_common import blocks, check_launch, dot, size_class, tuned, widen
+from .triton_common import check_launch, dot, grid_of, size_class, tuned, widen
 
 
 def sparse_mlp(
@@ -56,7 +56,7 @@ def sparse_mlp(
 def _slow(x_PC: Tensor, residual_PC: Tensor, kept_K: Tensor, w: MlpWeights, out: Tensor) -> None:
     k, c, h = len(kept_K), x_PC.shape[1], len(w.bias1)
     hidden_KH = x_PC.new_empty(k, h)
-    _hidden[blocks(k, h)](
+    _hidden[grid_of(k, h)](
         x_PC,
         kept_K,
         w.norm_weight.contiguous(),
@@ -71,7 +71,7 @@ def _slow(x_PC: Tensor, residual_PC: Tensor, kept_K: Tensor, w: MlpWeights, out:
         H=h,
         WIDEN=widen(x_PC),
     )
-    _output[blocks(k, c)](
+    _output[grid_of(k, c)](
         hidden_KH,
         kept_K,
         w.weight2.contiguous(),
@@ -89,7 +89,7 @@ def _slow(x_PC: Tensor, residual_PC: Tensor, kept_K: Tensor, w: MlpWeights, out:
 
 def _fast(x_PC: Tensor, residual_PC: Tensor, rows: Tensor, w: LinearWeights, out: Tensor) -> None:
     m, c = len(rows), x_PC.shape[1]
-    _linear[blocks(m, c)](
+    _linear[grid_of(m, c)](
         x_PC,
         rows,
         w.norm_weight.contiguous(),

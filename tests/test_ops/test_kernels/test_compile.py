@@ -6,10 +6,10 @@ import pytest
 import torch
 
 CONSTANTS = {
-    'hidden_kernel': dict(C=96, H=384),
-    'output_kernel': dict(C=96, H=384),
-    'linear_kernel': dict(C=96),
-    'conv_kernel': dict(C_IN=96, C_OUT=96, CELL=8, KERNEL=3, DILATION=1, RELU=True),
+    'hidden_kernel': dict(C=384, H=1536),
+    'output_kernel': dict(C=384, H=1536),
+    'linear_kernel': dict(C=384),
+    'conv_kernel': dict(C_IN=256, C_OUT=256, CELL=8, KERNEL=3, DILATION=1, RELU=True),
 }
 INDICES = ('kept_ptr', 'dropped_ptr', 'cells_ptr')
 # Shared memory of one program, bytes: compute capability 8.0 (A100) and 9.0 (H100).
