@@ -18,7 +18,9 @@ test-all: setup
 	$(RUN) -m pytest -m ''
 
 benchmark: setup
-	$(RUN) benchmarks/swin_latency.py
+	$(RUN) tools/analysis_tools/benchmark.py \
+		configs/sparse_swin/sparse-swin-s_upernet_8xb2-160k_ade20k-512x512.py \
+		--keep-ratios 1.0 0.7 --rounds 20 --out work_dirs/benchmark
 
 lint: setup
 	.venv/bin/ruff check .

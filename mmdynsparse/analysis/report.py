@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .profiling import PARTS
 
-WIDTH = 128  # characters that the widest table needs
+WIDTH = 160  # characters that the widest table needs
 
 
 def write_json(result: Mapping, path: Path) -> None:
@@ -27,7 +27,7 @@ def print_setting(setting: Mapping) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, on a narrow or no terminal with long lines rather than cut."""
+    """Print a table; without a terminal its lines are as long as they have to be."""
     table = Table(title=title)
     for i, name in enumerate(header):
         table.add_column(name, justify='left' if i == 0 else 'right')
