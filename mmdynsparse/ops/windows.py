@@ -81,21 +81,25 @@ def window_layout(
     image_B11 = torch.arange(batch, device=device).view(batch, 1, 1)
 
     # Closed forms, which a compiler computes where they are read: first what a slot holds.
-    y = (torch.arange(end_y, device=device) + shift) % end_y
-    x = (torch.arange(end_x, device=device) + shift) % end_x
+    y, x = _rolled(end_y, shift, end_y, device), _rolled(end_x, shift, end_x, device)
     y, x = y.view(rows, 1, window_size, 1), x.view(cols, 1, window_size)
     token_LT = (y * w + x).reshape(rows * cols, -1)
     inside_LT = ((y < h) & (x < w)).reshape(rows * cols, -1)
     tokens = torch.where(inside_LT, token_LT + image_B11 * (h * w), batch * h * w)
 
     # Then where a token stands.
-    y = (torch.arange(h, device=device) - shift).view(h, 1) % end_y
-    x = (torch.arange(w, device=device) - shift) % end_x
-    window_HW = y // window_size * cols + x // window_size
-    slot_HW = y % window_size * window_size + x % window_size
-    slot_N = (window_HW * window_size**2 + slot_HW).flatten()
-    slots = slot_N + image_B11[..., 0] * (end_y * end_x)
+    y, x = _rolled(h, end_y - shift, end_y, device), _rolled(w, end_x - shift, end_x, device)
+    row, col = (y // window_size).view(h, 1), x // window_size
+    y, x = y.view(h, 1) - row * window_size, x - col * window_size
+    slot_HW = (row * cols + col) * window_size**2 + y * window_size + x
+    slots = slot_HW.flatten() + image_B11[..., 0] * (end_y * end_x)
     return WindowLayout(tokens, slots)
+
+
+def _rolled(count: int, shift: int, end: int, device: torch.device) -> Tensor:
+    """Return ``(i + shift) % end`` for i < count <= end; inductor fails on the ``%`` itself."""
+    i = torch.arange(count, device=device) + shift
+    return torch.where(i < end, i, i - end)
 
 
 @_cached
@@ -114,7 +118,8 @@ def head_rows(
     head_H1 = torch.arange(heads, device=device).view(heads, 1)
     part_3 = torch.arange(3, device=device).view(3, 1, 1, 1, 1)
     qkv_rows = (layout.tokens[:, :, None] * 3 + part_3) * heads + head_H1
-    window, slot = layout.slots // t, layout.slots % t
+    window = layout.slots // t
+    slot = layout.slots - window * t
     out_rows = (window[..., None] * heads + head_H1[:, 0]) * t + slot[..., None]
     return qkv_rows.flatten(), out_rows.flatten()
 
