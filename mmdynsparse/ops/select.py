@@ -90,7 +90,7 @@ def select_decision(
 
     Raises:
         ValueError: If a score is NaN. On CUDA the device assertion that stops the process instead
-            costs no host synchronisation.
+            costs no host synchronisation. Compiled and exported code does not look.
     """
     with region('selection'):
         scores_BN = log_probs_BN2[..., 0].float()
