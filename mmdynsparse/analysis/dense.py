@@ -49,8 +49,8 @@ def dense_config(model_cfg: Mapping) -> DenseConfig:
     _replace(cfg, originals)
     if not originals:
         raise ValueError(
-            "config must have a sparse part, a type such as 'mmdynsparse.SparseSwinTransformer', "
-            f'got none among {_types(cfg)}'
+            "config must have a sparse part, a type such as 'mmdynsparse.SparseSwinTransformer' "
+            f'with sparsity, got none among {_types(model_cfg)}'
         )
     return DenseConfig(cfg, originals)
 
@@ -97,15 +97,17 @@ def _replace(node: object, originals: list[str]) -> None:
     sparse = _sparse_class(node) if isinstance(node, dict) else None
     if sparse is None:
         return
+    is_sparse = node.pop('sparsity', None) is not None or 'sparsity' not in _arguments(sparse)
     original = _resolve(sparse.original)
     if original is None:
-        node.pop('sparsity', None)
-        originals.append(f'{sparse.__name__} without sparsity (for {sparse.original})')
-        return
-    for name in _arguments(sparse) - _arguments(original):
-        node.pop(name, None)
-    node['type'] = sparse.original
-    originals.append(f'{original.__module__.split(".")[0]}.{original.__name__}')
+        name = f'{sparse.__name__} without sparsity (for {sparse.original})'
+    else:
+        name = f'{original.__module__.split(".")[0]}.{original.__name__}'
+        for argument in _arguments(sparse) - _arguments(original):
+            node.pop(argument, None)
+        node['type'] = sparse.original
+    if is_sparse:
+        originals.append(name)
 
 
 def _sparse_class(node: dict) -> type | None:

@@ -90,7 +90,8 @@ def _regions_within(event: object) -> Iterator[tuple[object, str]]:
 
 def _cuda_times(event: object, part: str, totals: dict[str, float]) -> None:
     """Add the time of every kernel to the innermost range that launched it."""
-    totals[part] += sum(kernel.duration for kernel in event.kernels)
+    # The range itself may be among them, under its own name.
+    totals[part] += sum(k.duration for k in event.kernels if k.name != event.name)
     for child in event.cpu_children:
         inner = child.name.startswith(PREFIX)
         _cuda_times(child, child.name.removeprefix(PREFIX) if inner else part, totals)

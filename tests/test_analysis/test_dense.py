@@ -88,3 +88,5 @@ def test_a_config_without_a_sparse_part(scope):
     cfg = Config(dict(model=dict(type='EncoderDecoder', backbone=dict(type='SwinTransformer'))))
     with pytest.raises(ValueError, match=r'sparse part.*got none among EncoderDecoder, SwinTrans'):
         dense_config(cfg.model)
+    with pytest.raises(ValueError, match=r'with sparsity, got none among mmdynsparse.SparseSwin'):
+        dense_config({**SWIN, 'sparsity': None})

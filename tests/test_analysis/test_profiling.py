@@ -1,4 +1,5 @@
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -6,8 +7,9 @@ import torch
 from torch import nn
 
 from mmdynsparse.analysis.calls import around_calls, recorded_keep_rates
-from mmdynsparse.analysis.profiling import PARTS, breakdown, peak_memory
+from mmdynsparse.analysis.profiling import PARTS, WHOLE, _cuda_times, breakdown, peak_memory
 from mmdynsparse.ops import region
+from mmdynsparse.ops.regions import PREFIX
 
 CPU = torch.device('cpu')
 MB = 2**18  # float32 values of a MiB
@@ -62,6 +64,19 @@ def test_breakdown_counts_nested_regions_once_and_sums_to_the_whole():
     # Counting the inner region twice would add 16 ms.
     assert times['whole'] == pytest.approx(sum(elapsed[1:]) / 2, abs=5)
     assert 'forward' not in model.block.attn.__dict__
+
+
+def test_kernels_belong_to_the_innermost_range_that_launched_them():
+    def event(name, *children, **kernels):
+        launched = [SimpleNamespace(name=key, duration=value) for key, value in kernels.items()]
+        return SimpleNamespace(name=name, cpu_children=children, kernels=launched)
+
+    gather = PREFIX + 'gather'
+    inner = event(gather, event('aten::index_select', index=8), **{gather: 100})
+    slow = event(PREFIX + 'slow path', event('aten::addmm', gemm=16, copy=1), inner)
+    totals = Counter()
+    _cuda_times(event(WHOLE, slow, event('aten::add', add=2)), 'rest', totals)
+    assert totals == {'slow path': 17, 'gather': 8, 'rest': 2}
 
 
 def test_calls_are_surrounded_whichever_way_they_are_made():

@@ -157,6 +157,17 @@ def test_bad_models(tool: str, fails: Callable, write_config: Callable, tmp_path
     assert "checkpoint must fit the config's model" in line and 'missing keys' in line
 
 
+def test_processes_end_with_a_code(
+    run_tool: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    args = (write_config('seg'), '--parts', 'backbone', '--sizes', 64, '--rounds', 1)
+    output = run_tool(TOOL, *args, '--out', tmp_path)
+    assert 'speed-up' in output and 'breakdown' in output
+    assert json.loads((tmp_path / 'benchmark.json').read_text())['rows']
+    output = run_tool(TOOL, *args, '--keep-ratios', '2', code=1)
+    assert 'benchmark.py: error: ' in output and 'got 2.0' in output
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is present')
 def test_cuda_without_cuda(fails: Callable, write_config: Callable) -> None:
     line = fails(TOOL, write_config('seg'), '--device', 'cuda')
