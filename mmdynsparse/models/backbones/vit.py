@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...layers import PatchEmbed, TokenMSA
 from ...ops import (
+    Decision,
     TokenSubset,
     keep_all,
     num_kept,
@@ -308,7 +309,7 @@ class SparseVisionTransformer(SparseBackbone):
         if self.training:
             decision = sample_decision(log_probs, hw, ratio)
             if among_BN is not None:
-                decision = decision._replace(mask=decision.mask * among_BN)
+                decision = Decision(decision.mask * among_BN, *decision[1:])
         else:
             if among_BN is not None:
                 log_probs = log_probs.masked_fill(among_BN.unsqueeze(-1) == 0, -torch.inf)

@@ -73,13 +73,11 @@ def test_compiles_to_one_graph(build):
 
 @pytest.mark.slow
 def test_sizes_may_be_symbolic(build):
-    """Where the second size makes sizes dynamic, as torch.compile does unless told otherwise."""
+    """The second size makes sizes dynamic, unless torch.compile is told otherwise."""
     model = build()
     compiled = torch.compile(model, fullgraph=True, backend='eager')
-    for size in ((1, 3, 96, 128), (2, 3, 160, 96), (2, 3, 70, 333)):
+    for size in ((1, 3, 96, 128), (2, 3, 160, 90)):
         assert_compiled_equals_eager(compiled, model, torch.randn(size))
-    model.set_keep_ratio(0.5)
-    assert_compiled_equals_eager(compiled, model, torch.randn(2, 3, 96, 64))
 
 
 @pytest.mark.slow
@@ -88,6 +86,19 @@ def test_inductor(build):
     compiled = torch.compile(model, fullgraph=True)
     for _ in range(2):
         assert_compiled_equals_eager(compiled, model, torch.randn(2, 3, 64, 96))
+
+
+@pytest.mark.slow
+def test_training_compiles_to_one_graph(build):
+    """Outputs and decisions, as a loss and the ratio loss do, reach every parameter."""
+    model = build().train()
+    model.has_ratio_loss = True
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    with torch.enable_grad():
+        outs = compiled(torch.randn(2, 3, 64, 96))
+        terms = [*outs, *(decision.mask for decision in model.decisions)]
+        sum(term.square().mean() for term in terms).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
 @pytest.mark.parametrize('strict', [False, pytest.param(True, marks=pytest.mark.slow)])
