@@ -127,7 +127,15 @@ def _resolve(name: str) -> type | None:
 
 
 def _arguments(cls: type) -> set[str]:
-    return set(inspect.signature(cls.__init__).parameters)
+    """Names of the arguments of a class, with those that it passes on to its bases."""
+    names = set()
+    for base in cls.__mro__:
+        if '__init__' in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            names.update(p.name for p in parameters)
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return names
 
 
 def _types(cfg: Mapping) -> str:

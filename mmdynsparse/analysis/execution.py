@@ -17,7 +17,8 @@ def with_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float] | None
 
     Args:
         model: The model.
-        keep_ratio: A number, continued by the schedule, or one for each predictor; None leaves
+        keep_ratio: Of the first sparse part, which is the backbone unless only a neck or head is
+            sparse: a number, continued by the schedule, or one for each predictor; None leaves
             those of the model.
 
     Raises:
@@ -26,11 +27,10 @@ def with_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float] | None
     tensors = [*model.parameters(), *model.buffers()]
     copy = deepcopy(model, {id(tensor): tensor for tensor in tensors})
     if keep_ratio is not None:
-        parts = [module for module in copy.modules() if hasattr(module, 'set_keep_ratio')]
+        parts = [module for module in copy.modules() if getattr(module, 'keep_ratios', None)]
         if not parts:
             raise ValueError(f'keep_ratio needs a model with predictors, got {keep_ratio}')
-        for part in parts:
-            part.set_keep_ratio(keep_ratio)
+        parts[0].set_keep_ratio(keep_ratio)
     return copy
 
 

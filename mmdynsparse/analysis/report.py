@@ -75,8 +75,10 @@ def breakdown_table(rows: Sequence[Mapping]) -> None:
 
 def name(row: Mapping) -> str:
     """Name the variant of a row: dense, or sparse with its keep ratios."""
-    ratios = ' '.join(f'{ratio:g}' for ratio in row['keep_ratios'])
-    return f'{row["model"]} {ratios}'.strip()
+    ratios = row['keep_ratios']
+    if len(ratios) > 3 and len(set(ratios)) == 1:
+        return f'{row["model"]} {len(ratios)} x {ratios[0]:g}'
+    return ' '.join((row['model'], *(f'{ratio:g}' for ratio in ratios)))
 
 
 def verdict(row: Mapping) -> str:

@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from mmdynsparse.analysis.dense import build_pair, dense_config
+from mmdynsparse.analysis.dense import _arguments, build_pair, dense_config
 
 SWIN = dict(
     type='mmdynsparse.SparseSwinTransformer',
@@ -74,6 +74,12 @@ def test_dense_model_has_the_weights_and_computes_the_sparse_model_that_keeps_al
 def test_own_arguments_are_dropped(scope):
     scope('mmseg')
     assert 'reactivate' not in dense_config(VIT).model
+
+
+def test_arguments_that_are_passed_on_are_arguments():
+    from mmseg.models.backbones import ResNetV1c
+
+    assert {'depth', 'norm_cfg', 'contract_dilation'} <= _arguments(ResNetV1c)
 
 
 def test_ours_stands_in_where_the_original_is_not_installed(scope):

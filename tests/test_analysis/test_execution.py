@@ -26,6 +26,12 @@ def test_copies_share_weights_and_have_their_own_ratio(swin):
     assert swin.decisions == []
 
 
+def test_the_first_sparse_part_gets_the_ratio(swin):
+    model = nn.ModuleDict(dict(backbone=swin, other=with_keep_ratio(swin, 0.75)))
+    copy = with_keep_ratio(model, 0.25)
+    assert copy['backbone'].keep_ratios == [0.25] and copy['other'].keep_ratios == [0.75]
+
+
 def test_keep_ratio_needs_a_sparse_part():
     with pytest.raises(ValueError, match=r'keep_ratio needs a model with predictors, got 0.5'):
         with_keep_ratio(nn.Linear(1, 1), 0.5)

@@ -61,3 +61,4 @@ def test_plot_shows_measured_and_ideal_latency(tmp_path, monkeypatch):
 
 def test_names():
     assert [name(r) for r in ROWS] == ['dense', 'sparse 0.7 0.5', 'sparse 0.3 0.1']
+    assert name(row('sparse', [0.5] * 12, 1.0, 1.0)) == 'sparse 12 x 0.5'
