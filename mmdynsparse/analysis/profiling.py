@@ -25,7 +25,7 @@ MODULES = {
     r'(^|\.)predictors\.\d+$': 'predictor',
     r'\.attn$': 'attention',
     r'\.(ffn|norm2|ln2)$|^stages\.\d+\.\d+\.(norm|act|pointwise_conv\d)$': 'slow path',
-    r'^layer\d\.\d+\.(conv|bn|norm)\d$': 'slow path',
+    r'^layer\d\.\d+$': 'slow path',
     r'\.fast_path$': 'fast path',
 }
 
@@ -37,8 +37,8 @@ def breakdown(
 
     The parts are the regions of :mod:`mmdynsparse.ops.regions`; what lies in none is ``rest``.
     The time of a region within another one belongs to the inner one alone, so the parts add up to
-    the time of the whole. In a dense original the slow path is the FFN, the MLP or the residual
-    branch of every block.
+    the time of the whole. In blocks that no decision concerns, those of dense originals too, the
+    slow path is the FFN or MLP; in a ResNet it is the block.
 
     Args:
         model: The backbone, not compiled.

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmdynsparse.analysis.calls import around_calls, recorded_keep_rates
 from mmdynsparse.analysis.profiling import PARTS, WHOLE, _cuda_times, breakdown, peak_memory
+from mmdynsparse.models import SparseConvNeXt, SparseVisionTransformer
 from mmdynsparse.ops import region
 from mmdynsparse.ops.regions import PREFIX
 
@@ -64,6 +65,32 @@ def test_breakdown_counts_nested_regions_once_and_sums_to_the_whole():
     # Counting the inner region twice would add 16 ms.
     assert times['whole'] == pytest.approx(sum(elapsed[1:]) / 2, abs=5)
     assert 'forward' not in model.block.attn.__dict__
+
+
+@pytest.mark.parametrize('keep_ratio', [1.0, 0.5])
+@pytest.mark.parametrize(
+    ('family', 'arguments', 'parts'),
+    [
+        (
+            SparseConvNeXt,
+            dict(arch=dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32))),
+            {'slow path', 'rest'},
+        ),
+        (
+            SparseVisionTransformer,
+            dict(embed_dims=16, num_layers=4, num_heads=2),
+            {'slow path', 'attention', 'rest'},
+        ),
+    ],
+)
+def test_parts_of_the_families(family, arguments, parts, keep_ratio):
+    model = family(**arguments, sparsity=dict(keep_ratio=keep_ratio)).eval()
+    x = torch.randn(1, 3, 96, 96)
+    times = breakdown(model, lambda: model(x), CPU, runs=1)
+    if keep_ratio < 1:
+        parts = parts | {'predictor', 'selection', 'gather', 'scatter'}
+    assert {part for part in PARTS if times[part] > 0} - {'fast path'} == parts
+    assert (times['fast path'] > 0) == (keep_ratio < 1 and family is SparseConvNeXt)
 
 
 def test_kernels_belong_to_the_innermost_range_that_launched_them():
