@@ -1,6 +1,18 @@
-"""What a model costs: multiply-adds that are really executed, and wall-clock time."""
+"""What a model costs beside its dense original: multiply-adds, time and memory."""
 
+from .dense import build_pair, dense_config
 from .flops import count_macs
 from .latency import Latency, compare_latency
+from .module_costs import CostMeter
+from .profiling import breakdown, peak_memory
 
-__all__ = ['Latency', 'compare_latency', 'count_macs']
+__all__ = [
+    'CostMeter',
+    'Latency',
+    'breakdown',
+    'build_pair',
+    'compare_latency',
+    'count_macs',
+    'dense_config',
+    'peak_memory',
+]

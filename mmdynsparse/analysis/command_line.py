@@ -117,7 +117,8 @@ def keep_partial(result: dict, count: Callable[[], str]) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         result['error'] = traceback.format_exc()
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+        reason = type(error).__name__ + (f': {error}' if str(error) else '')
+        reason = ' '.join(reason.split())[:300]
         raise ValueError(f'stopped by {reason}; measured before: {count()}') from error
 
 
