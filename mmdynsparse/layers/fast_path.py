@@ -31,3 +31,31 @@ class LinearFastPath(nn.Module):
         """Map tokens (..., C) to their update (..., C)."""
         x = self.fc(self.norm(x))
         return x if self.gamma is None else x * self.gamma
+
+
+@MODELS.register_module()
+class LowRankFastPath(nn.Module):
+    """Linear(C, C/16), ReLU and Linear(C/16, C): a light residual branch for ResNet.
+
+    The last layer starts at zero, so that a dropped location first stays as it is.
+
+    Args:
+        embed_dims: Channels C of a location.
+        reduction: Ratio of C to the width in between. Defaults to 16.
+
+    Raises:
+        ValueError: If ``reduction`` is not in 1 to C.
+    """
+
+    def __init__(self, embed_dims: int, reduction: int = 16) -> None:
+        super().__init__()
+        if not 1 <= reduction <= embed_dims:
+            raise ValueError(f'reduction must be in 1 to {embed_dims}, got {reduction}')
+        self.fc1 = nn.Linear(embed_dims, embed_dims // reduction)
+        self.fc2 = nn.Linear(embed_dims // reduction, embed_dims)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map locations (..., C) to their update (..., C)."""
+        return self.fc2(self.fc1(x).relu())

@@ -50,6 +50,34 @@ class LocalGlobalPredictor(nn.Module):
         return F.log_softmax(h.float(), dim=-1)
 
 
+@MODELS.register_module()
+class CellPredictor(nn.Module):
+    """Score cells of a map from their mean features, at a reduced width.
+
+    Linear(C, C / reduction), then :class:`LocalGlobalPredictor`. At full width and at every
+    position the published predictor would cost 1.6 C^2, more than a ResNet bottleneck (1.06 C^2);
+    this one costs 0.35 C^2 a cell: with cells of 4 x 4 positions 2% of the bottleneck.
+
+    Args:
+        embed_dims: Channels C of the map.
+        reduction: Ratio of C to the predictor's width. Defaults to 4.
+
+    Raises:
+        ValueError: If the reduced width is less than 4.
+    """
+
+    def __init__(self, embed_dims: int, reduction: int = 4) -> None:
+        super().__init__()
+        if reduction < 1 or embed_dims // reduction < 4:
+            raise ValueError(f'reduction must be in 1 to {embed_dims // 4}, got {reduction}')
+        self.reduce = nn.Linear(embed_dims, embed_dims // reduction)
+        self.score = LocalGlobalPredictor(embed_dims // reduction)
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        """Return (B, N, 2) float32 log-probabilities [keep, drop] of cell means (B, N, C)."""
+        return self.score(self.reduce(x_BNC))
+
+
 def _mean(x_BNC: Tensor, among_BN: Tensor | None) -> Tensor:
     if among_BN is None:
         return x_BNC.mean(1, keepdim=True)

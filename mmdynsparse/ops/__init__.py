@@ -1,5 +1,16 @@
 """Pure tensor functions: selection and the layout of windows."""
 
+from .cells import (
+    CellRows,
+    cell_grid,
+    cell_mask,
+    cell_means,
+    cell_rows,
+    cell_table,
+    table_map,
+    take_tiles,
+    tile_rows,
+)
 from .regions import REGIONS, region
 from .select import (
     SELECTORS,
@@ -17,9 +28,15 @@ from .windows import WindowLayout, head_rows, relative_position_index, shift_mas
 __all__ = [
     'REGIONS',
     'SELECTORS',
+    'CellRows',
     'Decision',
     'TokenSubset',
     'WindowLayout',
+    'cell_grid',
+    'cell_mask',
+    'cell_means',
+    'cell_rows',
+    'cell_table',
     'head_rows',
     'keep_all',
     'num_kept',
@@ -30,7 +47,10 @@ __all__ = [
     'sample_decision',
     'select_decision',
     'shift_mask',
+    'table_map',
+    'take_tiles',
     'take_tokens',
+    'tile_rows',
     'token_subset',
     'two_paths',
     'window_layout',

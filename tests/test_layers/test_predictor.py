@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmdynsparse.layers import LinearFastPath, LocalGlobalPredictor
+from mmdynsparse.layers import CellPredictor, LinearFastPath, LocalGlobalPredictor
 
 
 def published(p, x):
@@ -37,3 +37,17 @@ def test_fast_path():
     path = LinearFastPath(6)
     x = torch.randn(5, 6)
     torch.testing.assert_close(path(x), path.fc(F.layer_norm(x, (6,))))
+
+
+def test_cell_predictor_works_at_a_reduced_width():
+    predictor = CellPredictor(64)
+    assert predictor.score.fc_in.in_features == 16
+    log_probs = predictor(torch.randn(2, 9, 64))
+    assert log_probs.shape == (2, 9, 2) and log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, 9))
+
+
+@pytest.mark.parametrize('embed_dims, reduction', [(12, 4), (16, 0)])
+def test_cell_predictor_refuses_too_few_channels(embed_dims, reduction):
+    with pytest.raises(ValueError, match=f'reduction must be in .* got {reduction}'):
+        CellPredictor(embed_dims, reduction)

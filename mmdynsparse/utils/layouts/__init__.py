@@ -6,7 +6,7 @@ A layout is known by its source and by the name of a tensor that it always has.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import convnext, swin, vit
+from . import convnext, resnet, swin, vit
 from .common import StateDict
 
 
@@ -28,6 +28,12 @@ LAYOUTS = (
     ),
     Layout(('convnext', 'dynamicvit'), 'stages.0.0.dwconv.weight', convnext.from_original),
     Layout(('timm',), 'stages.0.blocks.0.conv_dw.weight', convnext.from_timm),
+    Layout(
+        ('mmseg', 'mmdet', 'mmpretrain', 'torchvision'),
+        'layer1.0.conv1.weight',
+        resnet.from_openmmlab,
+    ),
+    Layout(('timm',), 'layer1.0.conv1.weight', resnet.from_timm),
     Layout(('mmseg',), 'layers.0.attn.attn.in_proj_weight', vit.from_openmmlab),
     Layout(('timm', 'dynamicvit'), 'blocks.0.attn.qkv.weight', vit.from_timm),
 )

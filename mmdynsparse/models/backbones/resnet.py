@@ -1,0 +1,587 @@
+"""Sparse ResNet.
+
+Sources: He et al., *Deep Residual Learning* (arXiv 1512.03385) and *Bag of Tricks* (arXiv
+1812.01187) for V1c and V1d. The sparse form is our own, after Rao et al., *Dynamic Spatial
+Sparsification* (T-PAMI 2023, arXiv 2207.01580): decisions are made for square cells, because a
+3 x 3 convolution reads its neighbours. Arguments and state-dict names are those of ``ResNet``,
+``ResNetV1c`` and ``ResNetV1d`` in mmsegmentation 1.x and mmdetection 3.x; what is added are
+predictors (``predictors.J``) and, if asked for, fast paths (``layerI.K.fast_path``).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+import torch.utils.checkpoint as cp
+from mmcv.cnn import build_norm_layer
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import constant_init, kaiming_init
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...layers import conv_norm
+from ...ops import (
+    CellRows,
+    Decision,
+    cell_grid,
+    cell_mask,
+    cell_means,
+    cell_rows,
+    cell_table,
+    region,
+    table_map,
+    take_tiles,
+    tile_rows,
+    with_positions,
+)
+from ...registry import MODELS
+from ...utils.checkpoint import load_pretrained
+from .sparse_backbone import (
+    SparseBackbone,
+    build_part,
+    check_stages,
+    checkpoint_cfg,
+    freeze,
+    may_be_new,
+)
+
+# Share of kept cells above which computing everything and masking is as fast (benchmarks/).
+BREAK_EVEN = 0.8
+
+
+class ResidualBlock(BaseModule):
+    """What basic blocks and bottlenecks share: identity, mask, fast path.
+
+    A block that changes the size of the map, or its channels, projects the identity and is always
+    dense.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels C of the output.
+        stride: Of the block.
+        avg_down: Whether the projection strides by average pooling.
+        norm_cfg: Normalization.
+        with_cp: Whether activations are recomputed in the backward pass.
+        fast_path: Config of the fast path, or None: dropped positions stay as they are.
+    """
+
+    expansion: ClassVar[int]
+    halo: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        avg_down: bool,
+        norm_cfg: dict,
+        with_cp: bool,
+        fast_path: dict | None,
+    ) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            pool = [nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)]
+            conv_stride = 1 if avg_down else stride
+            self.downsample = nn.Sequential(
+                *(pool if avg_down else ()),
+                nn.Conv2d(in_channels, out_channels, 1, conv_stride, bias=False),
+                build_norm_layer(norm_cfg, out_channels)[1],
+            )
+        self.with_cp = with_cp
+        self.fast_path = build_part(fast_path, out_channels) if fast_path else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the block's output (B, C, H', W').
+
+        Args:
+            x: Map (B, C_in, H, W).
+            mask: (B, 1, H, W), 1 where the branch applies and 0 where the fast path does.
+                Defaults to None, the branch everywhere.
+        """
+        if self.with_cp and x.requires_grad:
+            return cp.checkpoint(self._forward, x, mask, use_reentrant=False)
+        return self._forward(x, mask)
+
+    def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        out = self._branch(x)
+        if mask is not None:
+            mask = mask.to(out.dtype)
+            out = out * mask
+            if self.fast_path is not None:
+                fast = self.fast_path(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                out = out + fast * (1 - mask)
+        out += self._identity(x)
+        return self.relu(out)
+
+    def update_cells(self, table: Tensor, kept: CellRows, dropped: Tensor, size: int) -> None:
+        """Apply the block to a table of rows (see ``ops.cells``), in place.
+
+        Args:
+            table: (P + 2, C), from ``cell_table``.
+            kept: Rows of the kept cells, with this block's halo.
+            dropped: Rows of the dropped cells; used by the fast path.
+            size: Side of a cell, in positions.
+        """
+        # Both paths read the table before either writes to it.
+        slow = None
+        if len(kept.inner) > 0:
+            with region('slow path'):
+                slow = self._branch_in_cells(table, kept, size)
+            with region('gather'):
+                slow += table.index_select(0, kept.inner)
+        if self.fast_path is not None:
+            with region('gather'):
+                x = table.index_select(0, dropped)
+            with region('fast path'):
+                fast = self.relu(self.fast_path(x) + x)
+            with region('scatter'):
+                table.index_copy_(0, dropped, fast)
+        if slow is not None:
+            with region('scatter'):
+                table.index_copy_(0, kept.inner, self.relu(slow))
+
+    def _identity(self, x: Tensor) -> Tensor:
+        if self.downsample is None:
+            return x
+        *pool, conv, norm = self.downsample
+        for layer in pool:
+            x = layer(x)
+        return conv_norm(x, conv, norm)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        """Return the residual (B, C, H', W') of a map."""
+        raise NotImplementedError
+
+    def _branch_in_cells(self, table: Tensor, kept: CellRows, size: int) -> Tensor:
+        """Return the residual of the kept cells' positions, (K * g * g, C)."""
+        raise NotImplementedError
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3 x 3 convolutions (He et al., fig. 5 left).
+
+    Args:
+        in_channels: Channels of the input.
+        planes: Channels of the convolutions.
+        stride: Of the first convolution.
+        dilation: Of the first convolution.
+        style: Not used, see :class:`Bottleneck`.
+        norm_cfg: Normalization.
+        **kwargs: Further arguments of :class:`ResidualBlock`.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        dilation: int,
+        style: str,
+        norm_cfg: dict,
+        **kwargs,
+    ) -> None:
+        super().__init__(in_channels, planes, stride, norm_cfg=norm_cfg, **kwargs)
+        self.halo = dilation + 1
+        self.conv1 = nn.Conv2d(
+            in_channels, planes, 3, stride, padding=dilation, dilation=dilation, bias=False
+        )
+        self.bn1 = build_norm_layer(norm_cfg, planes)[1]
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = build_norm_layer(norm_cfg, planes)[1]
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x = self.relu(conv_norm(x, self.conv1, self.bn1))
+        return conv_norm(x, self.conv2, self.bn2)
+
+    def _branch_in_cells(self, table: Tensor, kept: CellRows, size: int) -> Tensor:
+        with region('gather'):
+            x = take_tiles(table, kept.tile, size + 2 * self.halo)
+        x = self.relu(conv_norm(x, self.conv1, self.bn1, padding=0))
+        # The second convolution is padded with zeros, not with what the first gives there.
+        inside = kept.tile.view(-1, 1, size + 2 * self.halo, size + 2 * self.halo) < len(table) - 2
+        margin = self.halo - 1
+        x = x * inside[:, :, margin:-margin, margin:-margin].to(x.dtype)
+        return tile_rows(conv_norm(x, self.conv2, self.bn2, padding=0))
+
+
+class Bottleneck(ResidualBlock):
+    """1 x 1, 3 x 3 and 1 x 1 convolution (He et al., fig. 5 right).
+
+    Args:
+        in_channels: Channels of the input.
+        planes: Channels of the first two convolutions; the output has four times as many.
+        stride: Of the second convolution in style 'pytorch', of the first in style 'caffe'.
+        dilation: Of the second convolution.
+        style: 'pytorch' or 'caffe'.
+        norm_cfg: Normalization.
+        **kwargs: Further arguments of :class:`ResidualBlock`.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        dilation: int,
+        style: str,
+        norm_cfg: dict,
+        **kwargs,
+    ) -> None:
+        super().__init__(in_channels, 4 * planes, stride, norm_cfg=norm_cfg, **kwargs)
+        self.halo = dilation
+        stride1, stride2 = (1, stride) if style == 'pytorch' else (stride, 1)
+        self.conv1 = nn.Conv2d(in_channels, planes, 1, stride1, bias=False)
+        self.bn1 = build_norm_layer(norm_cfg, planes)[1]
+        self.conv2 = nn.Conv2d(
+            planes, planes, 3, stride2, padding=dilation, dilation=dilation, bias=False
+        )
+        self.bn2 = build_norm_layer(norm_cfg, planes)[1]
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = build_norm_layer(norm_cfg, 4 * planes)[1]
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x = self.relu(conv_norm(x, self.conv1, self.bn1))
+        x = self.relu(conv_norm(x, self.conv2, self.bn2))
+        return conv_norm(x, self.conv3, self.bn3)
+
+    def _branch_in_cells(self, table: Tensor, kept: CellRows, size: int) -> Tensor:
+        with region('gather'):
+            # As one image of R x 1 positions: R images of one position are several times slower.
+            near = table.index_select(0, kept.near).view(1, -1, 1, table.shape[1])
+        near = conv_norm(near.permute(0, 3, 1, 2), self.conv1, self.bn1)
+        near = tile_rows(self.relu(near))
+        with region('gather'):
+            # One more row, of zeros, for the padding of the 3 x 3 convolution.
+            near = nn.functional.pad(near, (0, 0, 0, 1))
+            x = take_tiles(near, kept.tile_of_near, size + 2 * self.halo)
+        x = self.relu(conv_norm(x, self.conv2, self.bn2, padding=0))
+        return tile_rows(conv_norm(x, self.conv3, self.bn3))
+
+
+ARCHS = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+@MODELS.register_module()
+class SparseResNet(SparseBackbone):
+    """ResNet that evaluates residual branches in a part of the cells of its maps.
+
+    A decision is made for cells of g x g positions and holds for the blocks up to the next
+    predictor. A block without a projection of its identity can be sparse, that is, every block but
+    the first of a stage. Kept cells get the block's residual; the others stay as they are, or get
+    the fast path's. In training execution is always masked: batch norm needs all positions.
+    Maps are kept channels last in memory.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        in_channels: Channels of the image. Defaults to 3.
+        stem_channels: Channels of the stem. Defaults to None, ``base_channels``.
+        base_channels: Planes of the first stage. Defaults to 64.
+        num_stages: Stages, 1 to 4. Defaults to 4.
+        strides: Stride of each stage. Defaults to (1, 2, 2, 2).
+        dilations: Dilation of each stage. Defaults to (1, 1, 1, 1).
+        out_indices: Stages whose output is returned. Defaults to (0, 1, 2, 3).
+        style: 'pytorch': the 3 x 3 convolution of a bottleneck has its stride; 'caffe': the first
+            1 x 1 convolution. Defaults to 'pytorch'.
+        deep_stem: Three 3 x 3 convolutions in place of the 7 x 7. Defaults to False.
+        avg_down: Average pooling before the projection of the identity. Defaults to False.
+        frozen_stages: Stages to freeze: -1 none, 0 the stem, i also the first i stages. Defaults
+            to -1.
+        conv_cfg: Only None, plain convolutions. Defaults to None.
+        norm_cfg: A batch norm. Defaults to dict(type='BN', requires_grad=True).
+        norm_eval: Whether batch norms keep their running statistics in training, mmdet's default
+            and stated by its configs. Defaults to False, as in mmseg.
+        dcn: Only None: deformable convolutions read positions that a cell does not hold.
+            Defaults to None.
+        stage_with_dcn: Not used without ``dcn``. Defaults to no stage.
+        plugins: Only None: plugins look at the whole map. Defaults to None.
+        multi_grid: Dilation of each block of the last stage. Defaults to None.
+        contract_dilation: Whether the first block of a dilated stage has half its dilation.
+            Defaults to False.
+        with_cp: Whether blocks recompute their activations in the backward pass. Defaults to
+            False.
+        zero_init_residual: Whether the last norm of each block starts at zero. Defaults to True.
+        pretrained: Deprecated, use ``init_cfg``. Defaults to None.
+        init_cfg: None or dict(type='Pretrained', checkpoint=...). Defaults to None.
+        sparsity: Where and how much the model is sparse, see
+            :class:`~mmdynsparse.models.sparsity.Sparsity`; by default one predictor before block 1
+            of each stage but the first, and no fast path. None is the dense model. Defaults to
+            None.
+        cell_size: Side of a cell in each stage, in positions. Defaults to (8, 8, 4, 4).
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    original = 'ResNet'
+    default_parts: ClassVar = dict(predictor=dict(type='mmdynsparse.CellPredictor'), fast_path=None)
+
+    def __init__(
+        self,
+        depth: int,
+        in_channels: int = 3,
+        stem_channels: int | None = None,
+        base_channels: int = 64,
+        num_stages: int = 4,
+        strides: Sequence[int] = (1, 2, 2, 2),
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        style: str = 'pytorch',
+        deep_stem: bool = False,
+        avg_down: bool = False,
+        frozen_stages: int = -1,
+        conv_cfg: dict | None = None,
+        norm_cfg: dict | None = None,
+        norm_eval: bool = False,
+        dcn: dict | None = None,
+        stage_with_dcn: Sequence[bool] = (False, False, False, False),
+        plugins: list | None = None,
+        multi_grid: Sequence[int] | None = None,
+        contract_dilation: bool = False,
+        with_cp: bool = False,
+        zero_init_residual: bool = True,
+        pretrained: str | None = None,
+        init_cfg: dict | None = None,
+        sparsity: Mapping | None = None,
+        cell_size: Sequence[int] = (8, 8, 4, 4),
+    ) -> None:
+        for name, value in dict(conv_cfg=conv_cfg, dcn=dcn, plugins=plugins).items():
+            if value is not None:
+                raise ValueError(f'{name} must be None in a sparse ResNet, got {value}')
+        if depth not in ARCHS:
+            raise ValueError(f'depth must be one of {tuple(ARCHS)}, got {depth}')
+        if style not in ('pytorch', 'caffe'):
+            raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}")
+        if not 1 <= num_stages <= 4:
+            raise ValueError(f'num_stages must be in 1 to 4, got {num_stages}')
+        for name, values in dict(strides=strides, dilations=dilations).items():
+            if len(values) != num_stages:
+                raise ValueError(f'{name} must have num_stages = {num_stages} values, got {values}')
+        block, depths = ARCHS[depth][0], ARCHS[depth][1][:num_stages]
+        if sparsity is not None:
+            last = min(max(out_indices), num_stages - 1)
+            places = {i: (1,) for i in range(1, last + 1)} or {0: (1,)}
+            sparsity = dict(locations=places) | sparsity
+        super().__init__(sparsity, depths, checkpoint_cfg(init_cfg, pretrained))
+        check_stages(out_indices, frozen_stages, depths, self.sparsity)
+        if len(cell_size) < num_stages or min(cell_size) < 1:
+            raise ValueError(
+                f'cell_size must be at least 1 in each of {num_stages} stages, got {cell_size}'
+            )
+        if multi_grid is not None and len(multi_grid) != depths[-1]:
+            raise ValueError(
+                f'multi_grid must have {depths[-1]} values, one for each block of the last stage, '
+                f'got {multi_grid}'
+            )
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.zero_init_residual = zero_init_residual
+        self.cell_size = tuple(cell_size)
+
+        norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
+        channels = stem_channels or base_channels
+        self._build_stem(in_channels, channels, deep_stem, norm_cfg)
+        self.num_stages = num_stages
+        self.predictors = nn.ModuleList()
+        for i, count in enumerate(depths):
+            rates = _dilations(count, dilations[i], contract_dilation)
+            if multi_grid is not None and i == num_stages - 1:
+                rates = multi_grid
+            layer = nn.Sequential()
+            for j in range(count):
+                add_fast_path = j >= min(self.stage_locations(i), default=count)
+                layer.append(
+                    block(
+                        channels,
+                        base_channels * 2**i,
+                        stride=strides[i] if j == 0 else 1,
+                        dilation=rates[j],
+                        style=style,
+                        avg_down=avg_down,
+                        norm_cfg=norm_cfg,
+                        with_cp=with_cp,
+                        fast_path=self.sparsity.fast_path if add_fast_path else None,
+                    )
+                )
+                channels = base_channels * 2**i * block.expansion
+            self.add_module(f'layer{i + 1}', layer)
+            locations = self.stage_locations(i)
+            self.predictors.extend(build_part(self.sparsity.predictor, channels) for _ in locations)
+        self._check_blocks(norm_cfg)
+        self._freeze()
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """The blocks of each stage."""
+        return [getattr(self, f'layer{i + 1}') for i in range(self.num_stages)]
+
+    def _build_stem(self, in_channels: int, channels: int, deep: bool, norm_cfg: dict) -> None:
+        self.deep_stem = deep
+        if deep:
+            widths = (in_channels, channels // 2, channels // 2, channels)
+            self.stem = nn.Sequential()
+            for i, (c_in, c_out) in enumerate(pairwise(widths)):
+                conv = nn.Conv2d(c_in, c_out, 3, 2 if i == 0 else 1, padding=1, bias=False)
+                self.stem.extend((conv, build_norm_layer(norm_cfg, c_out)[1], nn.ReLU(True)))
+        else:
+            self.conv1 = nn.Conv2d(in_channels, channels, 7, 2, padding=3, bias=False)
+            self.bn1 = build_norm_layer(norm_cfg, channels)[1]
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
+
+        The decisions made on the way, over cells, are in ``decisions`` afterwards.
+        """
+        self.start_decisions()
+        x = self._stem(x.contiguous(memory_format=torch.channels_last))
+        predictors = iter(self.predictors)
+        outs = []
+        for i in range(max(self.out_indices) + 1):
+            x = self._stage(x, i, predictors)
+            if i in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        pairs = [(self.stem[i], self.stem[i + 1]) for i in (0, 3, 6)] if self.deep_stem else None
+        for conv, norm in pairs or [(self.conv1, self.bn1)]:
+            x = self.relu(conv_norm(x, conv, norm))
+        return self.maxpool(x)
+
+    def _stage(self, x: Tensor, i: int, predictors: Iterator[nn.Module]) -> Tensor:
+        blocks, locations = list(self.stages[i]), self.stage_locations(i)
+        for block in blocks[: min(locations, default=len(blocks))]:
+            x = block(x)
+        for start, end in pairwise((*locations, len(blocks))):
+            hw = tuple(x.shape[2:])
+            cells_BNC = cell_means(x, self.cell_size[i])
+            decision = self.decide(cells_BNC, cell_grid(hw, self.cell_size[i]), next(predictors))
+            gather = self.gathers(self.stages[i].training)
+            x = _sparse_blocks(x, blocks[start:end], decision, self.cell_size[i], gather)
+        return x
+
+    def gathers(self, training: bool) -> bool:
+        """Return whether blocks run gathered: never in training."""
+        return not training and super().gathers(training)
+
+    def train(self, mode: bool = True) -> 'SparseResNet':
+        """Set the training mode; frozen stages stay in eval mode, without gradients."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for m in self.modules():
+                if isinstance(m, _BatchNorm):
+                    m.eval()
+        return self
+
+    def _freeze(self) -> None:
+        stem = (self.stem,) if self.deep_stem else (self.conv1, self.bn1)
+        if self.frozen_stages >= 0:
+            for part in stem:
+                freeze(part)
+        predictors = iter(self.predictors)
+        for i, stage in enumerate(self.stages):
+            for part in (stage, *(next(predictors) for _ in self.stage_locations(i))):
+                if i < self.frozen_stages:
+                    freeze(part)
+                elif i > max(self.out_indices):
+                    # No output depends on it, which distributed training refuses.
+                    part.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Initialize as ResNet does, then load the checkpoint of ``init_cfg`` if there is one."""
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                kaiming_init(m)
+            elif isinstance(m, _BatchNorm):
+                constant_init(m, 1)
+        if self.zero_init_residual:
+            for block in (block for stage in self.stages for block in stage):
+                constant_init(block.bn3 if isinstance(block, Bottleneck) else block.bn2, 0)
+        if self.init_cfg is not None:
+            load_pretrained(self, self.init_cfg['checkpoint'], 'mmdet', may_be_new)
+
+    def _check_blocks(self, norm_cfg: dict) -> None:
+        if not any(isinstance(m, _BatchNorm) for m in self.modules()):
+            raise ValueError(f'norm_cfg must be a batch norm, got {norm_cfg}')
+        for i, stage in enumerate(self.stages):
+            if any(stage[j].downsample is not None for j in self.stage_locations(i)):
+                raise ValueError(
+                    f'sparsity.locations[{i}] takes blocks that keep the size of their map, '
+                    f'1 to {len(stage) - 1}, got {self.stage_locations(i)}'
+                )
+
+
+@MODELS.register_module()
+class SparseResNetV1c(SparseResNet):
+    """Sparse ResNet with a stem of three 3 x 3 convolutions; arguments of ``SparseResNet``."""
+
+    original = 'ResNetV1c'
+
+    def __init__(self, depth: int, **kwargs) -> None:
+        super().__init__(depth, deep_stem=True, avg_down=False, **kwargs)
+
+
+@MODELS.register_module()
+class SparseResNetV1d(SparseResNet):
+    """V1c with average pooling before the projections; arguments of ``SparseResNet``."""
+
+    original = 'ResNetV1d'
+
+    def __init__(self, depth: int, **kwargs) -> None:
+        super().__init__(depth, deep_stem=True, avg_down=True, **kwargs)
+
+
+def _sparse_blocks(
+    x: Tensor, blocks: Sequence[ResidualBlock], decision: Decision, size: int, gather: bool
+) -> Tensor:
+    """Run the blocks that share a decision."""
+    if gather and decision.kept is None and not decision.keeps_all:
+        decision = with_positions(decision)
+    if gather and decision.kept is not None and _pays_off(decision):
+        return _in_cells(x, blocks, decision, size)
+    mask = None
+    if not decision.keeps_all or blocks[0].training:
+        mask = cell_mask(decision.mask, tuple(x.shape[2:]), size)
+    for block in blocks:
+        x = block(x, mask)
+    return x
+
+
+def _pays_off(decision: Decision) -> bool:
+    return len(decision.kept) <= BREAK_EVEN * decision.mask.numel()
+
+
+def _in_cells(x: Tensor, blocks: Sequence[ResidualBlock], decision: Decision, size: int) -> Tensor:
+    """Run blocks in the kept cells of a map, on a copy that they update in place."""
+    batch, hw = len(x), tuple(x.shape[2:])
+    with region('gather'):
+        table = cell_table(x)
+        dropped = cell_rows(decision.dropped, batch, hw, size, 0).inner
+    kept = {}
+    for block in blocks:
+        if block.halo not in kept:
+            with region('gather'):
+                kept[block.halo] = cell_rows(decision.kept, batch, hw, size, block.halo)
+        block.update_cells(table, kept[block.halo], dropped, size)
+    return table_map(table, batch, hw)
+
+
+def _dilations(count: int, dilation: int, contract: bool) -> tuple[int, ...]:
+    first = dilation // 2 if contract and dilation > 1 else dilation
+    return (first,) + (dilation,) * (count - 1)

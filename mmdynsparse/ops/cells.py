@@ -1,0 +1,117 @@
+"""Convolution in chosen cells of a map: which rows it reads and writes.
+
+A map (B, C, H, W) in channels-last memory is a table of P = B * H * W rows of C channels. Cells are
+squares of g x g positions; those at the right and bottom edge may reach beyond the map. Tiles are
+cells with a halo, so that a stock convolution without padding gives a cell's outputs (DESIGN:
+tiles with a halo beat the dense convolution, an im2col gather does not). Dimension letters: B
+images, C channels, K kept cells, N cells of an image, R rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .windows import _cached
+
+
+class CellRows(NamedTuple):
+    """Rows of a chosen set of cells in the table of :func:`cell_table`.
+
+    Attributes:
+        inner: (K * g * g,) int64, the positions of the cells; P + 1 outside of the map.
+        tile: (K * G * G,) int64, the same with a halo, G = g + 2 * halo; P outside of the map.
+        near: (R,) int64, rows of the map that lie in any tile: on these a pointwise layer that
+            comes before the convolution is evaluated.
+        tile_of_near: (K * G * G,) int64, the tiles as positions in ``near``; R outside of the map.
+    """
+
+    inner: Tensor
+    tile: Tensor
+    near: Tensor
+    tile_of_near: Tensor
+
+
+def cell_grid(hw: tuple[int, int], size: int) -> tuple[int, int]:
+    """Return the rows and columns of cells of ``size`` x ``size`` positions that cover a map."""
+    return -(-hw[0] // size), -(-hw[1] // size)
+
+
+def cell_means(x_BCHW: Tensor, size: int) -> Tensor:
+    """Return the mean of each cell over its positions in the map, (B, N, C)."""
+    means = F.avg_pool2d(x_BCHW, size, ceil_mode=True, count_include_pad=False)
+    return means.flatten(2).transpose(1, 2)
+
+
+def cell_mask(mask_BN: Tensor, hw: tuple[int, int], size: int) -> Tensor:
+    """Spread a mask over cells to the positions of the map, (B, 1, H, W)."""
+    mask = mask_BN.view(-1, 1, *cell_grid(hw, size))
+    mask = mask.repeat_interleave(size, 2).repeat_interleave(size, 3)
+    return mask[:, :, : hw[0], : hw[1]]
+
+
+def cell_rows(cells_K: Tensor, batch: int, hw: tuple[int, int], size: int, halo: int) -> CellRows:
+    """Look up the rows of chosen cells.
+
+    Args:
+        cells_K: Sorted positions in the flattened (B * N) batch of cells, int64.
+        batch: Number of images.
+        hw: Height and width of the maps.
+        size: Side g of a cell, in positions.
+        halo: Width of the border that a tile adds on each side.
+    """
+    rows = batch * hw[0] * hw[1]
+    inner = _rows_of_cells(batch, hw, size, 0, cells_K.device).index_select(0, cells_K).flatten()
+    tile = _rows_of_cells(batch, hw, size, halo, cells_K.device).index_select(0, cells_K).flatten()
+    inner = torch.where(inner == rows, rows + 1, inner)
+    if torch.compiler.is_compiling() or tile.is_cuda:
+        # Static shapes, and nothing waits for the device: rows in several tiles count for each.
+        slots = torch.arange(len(tile), device=tile.device)
+        tile_of_near = torch.where(tile == rows, len(tile), slots)
+        return CellRows(inner, tile, tile.clamp(max=rows - 1), tile_of_near)
+    covered = torch.zeros(rows + 1, dtype=torch.bool).index_fill_(0, tile, True)
+    near = covered[:rows].nonzero().squeeze(1)
+    slots = torch.full((rows + 1,), len(near)).index_copy_(0, near, torch.arange(len(near)))
+    return CellRows(inner, tile, near, slots.index_select(0, tile))
+
+
+def cell_table(x_BCHW: Tensor) -> Tensor:
+    """Copy a map to a table of rows, (P + 2, C).
+
+    Row P is zero, as the padding of a convolution is; row P + 1 takes what is computed for
+    positions outside of the map.
+    """
+    rows = x_BCHW.permute(0, 2, 3, 1).flatten(0, 2)
+    return F.pad(rows, (0, 0, 0, 2))
+
+
+def table_map(table: Tensor, batch: int, hw: tuple[int, int]) -> Tensor:
+    """Return the map (B, C, H, W) that a table holds, a view in channels-last memory."""
+    return table[:-2].view(batch, *hw, -1).permute(0, 3, 1, 2)
+
+
+def take_tiles(table: Tensor, rows: Tensor, side: int) -> Tensor:
+    """Gather rows into tiles (K, C, side, side), channels last in memory."""
+    return table.index_select(0, rows).view(-1, side, side, table.shape[1]).permute(0, 3, 1, 2)
+
+
+def tile_rows(tiles_KCGG: Tensor) -> Tensor:
+    """Flatten tiles to rows (K * G * G, C), the inverse of :func:`take_tiles`."""
+    return tiles_KCGG.permute(0, 2, 3, 1).reshape(-1, tiles_KCGG.shape[1])
+
+
+@_cached
+def _rows_of_cells(
+    batch: int, hw: tuple[int, int], size: int, halo: int, device: torch.device
+) -> Tensor:
+    """Row of every position of every tile, (B * N, G * G) int64; P outside of the map."""
+    h, w = hw
+    grid_h, grid_w = cell_grid(hw, size)
+    side = torch.arange(-halo, size + halo, device=device)
+    ys = torch.arange(grid_h, device=device).view(-1, 1, 1, 1) * size + side.view(-1, 1)
+    xs = torch.arange(grid_w, device=device).view(-1, 1, 1) * size + side
+    inside = (ys >= 0) & (ys < h) & (xs >= 0) & (xs < w)
+    image = torch.arange(batch, device=device).view(-1, 1, 1, 1, 1) * (h * w)
+    rows = torch.where(inside, image + ys * w + xs, batch * h * w)
+    return rows.flatten(3).flatten(0, 2)

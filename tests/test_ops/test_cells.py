@@ -1,0 +1,69 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmdynsparse.ops import (
+    cell_grid,
+    cell_mask,
+    cell_means,
+    cell_rows,
+    cell_table,
+    table_map,
+    take_tiles,
+    tile_rows,
+)
+
+MAPS = [(1, (16, 16)), (2, (13, 21)), (3, (3, 5))]
+
+
+@pytest.mark.parametrize('batch, hw', MAPS)
+@pytest.mark.parametrize('size', [1, 4, 8])
+def test_means_and_masks_cover_the_map(batch, hw, size):
+    rows, cols = cell_grid(hw, size)
+    index = torch.arange(batch * rows * cols).float().view(batch, -1)
+    spread = cell_mask(index, hw, size)
+    assert spread.shape == (batch, 1, *hw)
+    assert torch.equal(cell_means(spread, size)[..., 0], index)
+
+
+@pytest.mark.parametrize('batch, hw', MAPS)
+@pytest.mark.parametrize('size, halo', [(4, 1), (4, 3), (8, 2)])
+@pytest.mark.parametrize('static', [False, True])
+def test_convolution_of_tiles_is_that_of_the_map(batch, hw, size, halo, static, monkeypatch):
+    """A 1 x 1 layer with a bias, then a padded convolution: at cells as on the whole map."""
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: static)
+    x = torch.randn(batch, 3, *hw)
+    pointwise, bias, weight = torch.randn(5, 3, 1, 1), torch.randn(5), torch.randn(4, 5, 3, 3)
+    expected = F.conv2d(F.conv2d(x, pointwise, bias), weight, padding=halo, dilation=halo)
+
+    cells = torch.arange(batch * cell_grid(hw, size)[0] * cell_grid(hw, size)[1])[::2]
+    rows = cell_rows(cells, batch, hw, size, halo)
+    table = cell_table(x)
+    near = table.index_select(0, rows.near) @ pointwise.flatten(1).t() + bias
+    if not static:
+        assert torch.equal(rows.near, rows.near.unique())
+    tiles = take_tiles(F.pad(near, (0, 0, 0, 1)), rows.tile_of_near, size + 2 * halo)
+    out = tile_rows(F.conv2d(tiles, weight, dilation=halo))
+
+    into = cell_table(torch.zeros(batch, 4, *hw)).index_copy(0, rows.inner, out)
+    mask = torch.zeros(batch, cell_grid(hw, size)[0] * cell_grid(hw, size)[1])
+    mask = cell_mask(mask.flatten().index_fill(0, cells, 1).view_as(mask), hw, size)
+    result = table_map(into, batch, hw)
+    torch.testing.assert_close(result, expected * mask, atol=1e-4, rtol=1e-4)
+    # The tile rows themselves read the map, and zeros around it.
+    direct = F.conv2d(take_tiles(table, rows.tile, size + 2 * halo), pointwise)
+    inner = direct[:, :, halo:-halo, halo:-halo]
+    again = cell_table(torch.zeros(batch, 5, *hw)).index_copy(0, rows.inner, tile_rows(inner))
+    torch.testing.assert_close(table_map(again, batch, hw), F.conv2d(x, pointwise) * mask)
+
+
+def test_no_cell_at_all():
+    rows = cell_rows(torch.zeros(0, dtype=torch.int64), 1, (8, 8), 4, 1)
+    assert [len(r) for r in rows] == [0, 0, 0, 0]
+
+
+def test_a_map_goes_through_a_table_unchanged():
+    x = torch.randn(2, 3, 5, 7)
+    table = cell_table(x)
+    assert table.shape == (2 * 5 * 7 + 2, 3) and table[-2:].abs().max() == 0
+    assert torch.equal(table_map(table, 2, (5, 7)), x)
