@@ -10,12 +10,14 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
 
-from mmdynsparse.models.backbones.convnext import ARCHS, SparseConvNeXt
+from mmdynsparse.models import SparseConvNeXt, SparseResNet
+from mmdynsparse.models.backbones.convnext import ARCHS as CONVNEXTS
+from mmdynsparse.models.backbones.resnet import ARCHS as RESNETS
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
 IDS = [str(path.relative_to(CONFIGS)) for path in FILES]
-FAMILIES = ('sparse_convnext', 'sparse_swin', 'sparse_vit')
+FAMILIES = ('sparse_convnext', 'sparse_resnet', 'sparse_swin', 'sparse_vit')
 PUBLISHED = [path for path in FILES if path.parent.name in FAMILIES]
 # Width of the first stage and depth of the third; of the only one in ViT.
 SIZES = {
@@ -23,13 +25,15 @@ SIZES = {
     'swin': {'n': (48, 6), 't': (96, 6), 's': (96, 18), 'b': (128, 18)},
     'vit': {'n': (192, 12), 's': (384, 12), 'b': (768, 12)},
     'deit': {'s': (384, 12)},
+    'r': {'50-n': (32, 6), '50': (64, 6), '101': (64, 23)},
 }
-# Depth of that stage: the blocks before which predictors sit, as published.
+# Depth of that stage: the blocks before which predictors sit, as published. ResNet has its own.
 LOCATIONS = {6: (1, 2, 3), 9: (1, 2, 3), 12: (3, 6, 9), 18: (2, 4, 6), 27: (3, 6, 9)}
 
 UPERNET = 'upernet_8xb2-160k_ade20k-512x512.py'
 UPERNET_AMP = 'upernet_8xb2-amp-160k_ade20k-512x512.py'
 MASK = 'mask_8xb1-160k_ade20k-512x512.py'
+ADE20K = '4xb4-160k_ade20k-512x512.py'
 STOCK = {
     f'sparse-swin-t_{UPERNET}': ('mmseg', f'swin-tiny-patch4-window7-in1k-pre_{UPERNET}'),
     f'sparse-swin-s_{UPERNET}': ('mmseg', f'swin-small-patch4-window7-in1k-pre_{UPERNET}'),
@@ -65,6 +69,16 @@ STOCK = {
     ),
     f'segmenter_sparse-vit-s_{MASK}': ('mmseg', f'segmenter_vit-s_{MASK}'),
     f'segmenter_sparse-vit-b_{MASK}': ('mmseg', f'segmenter_vit-b_{MASK}'),
+    f'upernet_sparse-r50_{ADE20K}': ('mmseg', f'upernet_r50_{ADE20K}'),
+    f'upernet_sparse-r101_{ADE20K}': ('mmseg', f'upernet_r101_{ADE20K}'),
+    **{
+        f'mask-rcnn_sparse-r{depth}_fpn_{schedule}_coco.py': (
+            'mmdet',
+            f'mask-rcnn_r{depth}_fpn_{schedule}_coco.py',
+        )
+        for depth in (50, 101)
+        for schedule in ('1x', '2x')
+    },
 }
 
 SHARED_KEYS = (
@@ -78,8 +92,7 @@ SHARED_KEYS = (
 def stock_config(library: str, name: str) -> Config:
     """Load a config that an installed library ships."""
     package = Path(importlib.util.find_spec(library).origin).parent
-    folder = re.search('convnext|segmenter|swin|vit', name)[0]
-    path = package / '.mim' / 'configs' / folder / name
+    (path,) = (package / '.mim' / 'configs').glob(f'*/{name}')
     # The ConvNeXt configs import mmpretrain, which is not required.
     return Config.fromfile(path, import_custom_modules=False)
 
@@ -139,9 +152,14 @@ def _check_sparsity(cfg, runner):
         assert not hooked
         return
     assert hooked
-    blocks = LOCATIONS[_width_and_depth(cfg.model.backbone)[1]]
     assert len({re.search(r'predictors\.\d+', n)[0] for n in new if 'predictors.' in n}) == 3
     _check_optimizer(cfg.optim_wrapper, runner)
+    if 'depth' in cfg.model.backbone:
+        assert [backbone.stage_locations(i) for i in range(4)] == [(), (1,), (1,), (1,)]
+        assert len(set(backbone.keep_ratios)) == 1
+        assert not any('fast_path' in n for n in new)
+        return
+    blocks = LOCATIONS[_width_and_depth(cfg.model.backbone)[1]]
     if 'num_layers' in cfg.model.backbone:
         assert backbone.stage_locations(0) == blocks
         assert not any('fast_path' in n for n in new)
@@ -157,7 +175,8 @@ def _check_optimizer(optim_cfg, runner):
     backbone = runner.model.backbone
     groups = runner.optim_wrapper.optimizer.param_groups
     base_lr, decay = optim_cfg.optimizer.lr, optim_cfg.optimizer.weight_decay
-    assert {group['weight_decay'] for group in groups} == {0.0, decay}
+    undecayed = {0.0} if 'paramwise_cfg' in optim_cfg else set()
+    assert {group['weight_decay'] for group in groups} == {decay} | undecayed
     lrs = {id(p): group['lr'] for group in groups for p in group['params']}
     assert lrs.keys() == {id(p) for p in runner.model.parameters()}
     if 'constructor' not in optim_cfg:
@@ -174,10 +193,12 @@ def _width_and_depth(backbone) -> tuple[int, int]:
     """Return the width of the first stage and the depth of the third of a backbone config."""
     if 'num_layers' in backbone:
         return backbone.embed_dims, backbone.num_layers
+    if 'depth' in backbone:
+        return backbone.get('base_channels', 64), RESNETS[backbone.depth][1][2]
     if 'arch' not in backbone:
         return backbone.embed_dims, backbone.depths[2]
     arch = backbone.arch
-    depths, channels = ARCHS[arch] if isinstance(arch, str) else (arch.depths, arch.channels)
+    depths, channels = CONVNEXTS[arch] if isinstance(arch, str) else (arch.depths, arch.channels)
     return channels[0], depths[2]
 
 
@@ -186,15 +207,20 @@ def test_name_tells_the_setting(path):
     """Sparse or dense, size, batch size, schedule, AMP, data, crop, neck agree with the name."""
     cfg = Config.fromfile(path)
     name = path.stem
-    backbone_name = r'(?:^|_)(sparse-)?(swin|convnext|vit|deit)-([ntsb])[_-]'
+    backbone_name = r'(?:^|_)(sparse-)?(swin-|convnext-|vit-|deit-|r)([ntsb]|50-n|50|101)[_-]'
     sparse, family, size = re.search(backbone_name, name).groups()
-    assert path.parent.name == f'sparse_{family}'.replace('deit', 'vit')
+    family = family.removesuffix('-')
+    folder = {'deit': 'vit', 'r': 'resnet'}.get(family, family)
+    assert path.parent.name == f'sparse_{folder}'
     backbone = cfg.model.backbone
     if family == 'convnext':
         # Dense and sparse, because the dense original needs mmpretrain.
         assert backbone.type == 'mmdynsparse.SparseConvNeXt'
     else:
-        original = 'SwinTransformer' if family == 'swin' else 'VisionTransformer'
+        originals = dict(swin='SwinTransformer', vit='VisionTransformer', resnet='ResNet')
+        original = originals[folder]
+        if folder == 'resnet' and 'upernet' in name:
+            original = 'ResNetV1c'
         assert backbone.type == (f'mmdynsparse.Sparse{original}' if sparse else original)
     assert ('sparsity' in backbone) == bool(sparse)
     weights = [hook.weight for hook in cfg.get('custom_hooks', [])]
@@ -216,8 +242,8 @@ def test_name_tells_the_setting(path):
 
 
 def _ratio_weight(family, size) -> float:
-    """Return the published weight of the ratio loss."""
-    if family in ('swin', 'convnext'):
+    """Return the published weight of the ratio loss; ResNet has that of the other CNN."""
+    if family not in ('vit', 'deit'):
         return 10.0
     return 5.0 if size == 'b' else 2.0
 
@@ -257,8 +283,8 @@ def _with_defaults(backbone):
     from mmdet.models import SwinTransformer
     from mmseg.models import VisionTransformer
 
-    dense = VisionTransformer if 'num_layers' in backbone else SwinTransformer
-    original = SparseConvNeXt if 'arch' in backbone else dense
+    given = {'num_layers': VisionTransformer, 'arch': SparseConvNeXt, 'depth': SparseResNet}
+    (original,) = [given[key] for key in given if key in backbone] or [SwinTransformer]
     signature = inspect.signature(original.__init__).parameters.values()
     full = {item.name: item.default for item in signature if item.name != 'self'}
     full.update({key: value for key, value in backbone.items() if key not in ('type', 'sparsity')})
