@@ -105,7 +105,11 @@ def test_training_compiles_to_one_graph(build):
         outs = compiled(torch.randn(2, 3, 64, 96))
         terms = [*outs, *(decision.mask for decision in model.decisions)]
         sum(term.square().mean() for term in terms).backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert [name for name, grad in grads.items() if grad is None] == []
+    # A path that happens to be taken nowhere has a gradient of zero, predictors never.
+    predictors = [grad.abs().max() for name, grad in grads.items() if 'predictors' in name]
+    assert min(predictors) > 0
 
 
 @pytest.mark.parametrize('strict', [False, pytest.param(True, marks=pytest.mark.slow)])
