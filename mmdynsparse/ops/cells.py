@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .windows import _cached
+from .caching import cached
 
 
 class CellRows(NamedTuple):
@@ -101,7 +101,7 @@ def tile_rows(tiles_KCGG: Tensor) -> Tensor:
     return tiles_KCGG.permute(0, 2, 3, 1).reshape(-1, tiles_KCGG.shape[1])
 
 
-@_cached
+@cached
 def _rows_of_cells(
     batch: int, hw: tuple[int, int], size: int, halo: int, device: torch.device
 ) -> Tensor:

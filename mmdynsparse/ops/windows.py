@@ -5,13 +5,12 @@ windows are one permutation, so they cost one gather instead of four copies of t
 letters: B images, L windows of one image, T = window_size ** 2 tokens of a window, N = H * W.
 """
 
-from collections.abc import Callable
-from functools import wraps
-from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .caching import cached
 
 
 class WindowLayout(NamedTuple):
@@ -25,42 +24,6 @@ class WindowLayout(NamedTuple):
 
     tokens: Tensor
     slots: Tensor
-
-
-def _cached(function: Callable) -> Callable:
-    """Keep what a function of shapes and, as the last argument, a device returned.
-
-    A graph that torch.compile or torch.export traces computes its own: what is traced has no
-    values to keep. Neither has what is made while a CUDA graph is captured, before the graph
-    runs. What a captured graph reads of the kept tensors is kept for good.
-    """
-    kept, lasting, lock = {}, set(), Lock()
-
-    @wraps(function)
-    def call(*args):
-        if torch.compiler.is_compiling():
-            return function(*args)
-        result = kept.get(args)
-        if _is_capturing(args[-1]):
-            if result is None:
-                return function(*args)
-            lasting.add(args)
-        elif result is None:
-            # A kept tensor must also serve training after it was made under inference mode.
-            with torch.inference_mode(False):
-                result = function(*args)
-            with lock:
-                # Enough for each stage and shift of two input sizes.
-                if len(kept) - len(lasting) >= 16:
-                    del kept[next(key for key in kept if key not in lasting)]
-                kept[args] = result
-        return result
-
-    return call
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
 
 
 def window_layout(
@@ -102,7 +65,7 @@ def _rolled(count: int, shift: int, end: int, device: torch.device) -> Tensor:
     return torch.where(i < end, i, i - end)
 
 
-@_cached
+@cached
 def head_rows(
     batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -124,7 +87,7 @@ def head_rows(
     return qkv_rows.flatten(), out_rows.flatten()
 
 
-@_cached
+@cached
 def shift_mask(grid: tuple[int, int], window_size: int, shift: int, device: torch.device) -> Tensor:
     """Attention mask that keeps regions apart which the cyclic shift brought into one window.
 

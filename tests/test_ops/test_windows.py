@@ -3,11 +3,11 @@ import torch
 import torch.nn.functional as F
 
 from mmdynsparse.ops import (
+    caching,
     head_rows,
     relative_position_index,
     shift_mask,
     window_layout,
-    windows,
 )
 
 CPU = torch.device('cpu')
@@ -65,7 +65,7 @@ def test_layouts_are_kept_until_others_replace_them():
 def test_captured_graphs_keep_what_they_read(monkeypatch):
     warm = shift_mask((1, 3), 4, 2, CPU)
     with monkeypatch.context() as patch:
-        patch.setattr(windows, '_is_capturing', lambda device: True)
+        patch.setattr(caching, '_is_capturing', lambda device: True)
         assert shift_mask((1, 3), 4, 2, CPU) is warm
         cold = shift_mask((1, 4), 4, 2, CPU)
     # What was made in the capture has no values before the graph runs.

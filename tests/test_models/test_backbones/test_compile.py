@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmdynsparse.ops import windows
+from mmdynsparse.ops import caching
 
 BACKBONES = run_path(str(Path(__file__).with_name('test_all.py')))['BACKBONES']
 # Tracing takes its time for every block, and Swin's take the most.
@@ -148,7 +148,7 @@ class OnDevice(TorchDispatchMode):
 @pytest.mark.parametrize('keep_ratio', [0.7, 1.0])
 def test_nothing_waits_for_the_device(build, keep_ratio, monkeypatch):
     """On fake CUDA tensors, from which no value can be read."""
-    monkeypatch.setattr(windows, '_is_capturing', lambda device: True)
+    monkeypatch.setattr(caching, '_is_capturing', lambda device: True)
     model = build(keep_ratio)
     state = model.state_dict()
     with FakeTensorMode():
