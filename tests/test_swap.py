@@ -1,4 +1,4 @@
-"""The swap: stock Swin configs train with the backbone's type changed, in a fresh process.
+"""The swap: stock configs train with the backbone's type changed, in a fresh process.
 
 The process imports nothing of mmdynsparse by itself, and one of mmseg and mmdet may be absent.
 """
@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 
-UPERNET = [
-    'mmseg/.mim/configs/swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
-    'mmseg/.mim/configs/swin/swin-small-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
-    'mmseg/.mim/configs/swin/swin-base-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
-]
-MASK_RCNN = ['mmdet/.mim/configs/swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']
+# Stock configs and the number of blocks in the third stage of their backbone.
+SWIN = 'mmseg/.mim/configs/swin/swin-{}-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
+UPERNET = {
+    SWIN.format('tiny'): 6,
+    SWIN.format('small'): 18,
+    SWIN.format('base'): 18,
+    'mmseg/.mim/configs/upernet/upernet_r50_4xb4-160k_ade20k-512x512.py': 6,
+}
+MASK_RCNN = {
+    'mmdet/.mim/configs/swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py': 6,
+    'mmdet/.mim/configs/mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py': 6,
+}
+BLOCKS = UPERNET | MASK_RCNN
+ONE_EACH = [next(iter(UPERNET)), next(iter(MASK_RCNN))]
 
 SCRIPT = """
 import json
@@ -86,10 +94,14 @@ def batches(make_sample):
 
 def train_one_iteration(file):
     cfg = Config.fromfile(file)
-    cfg.model.backbone.type = 'mmdynsparse.SparseSwinTransformer'
+    cfg.model.backbone.type = 'mmdynsparse.Sparse' + cfg.model.backbone.type
     cfg.model.backbone.sparsity = dict(keep_ratio=0.7)
     cfg.custom_hooks = [dict(type='mmdynsparse.SparsityHook', weight=10.0)]
-    cfg.model.backbone.pop('init_cfg')  # no download in a test
+    # No download in a test.
+    cfg.model.pop('pretrained', None)
+    cfg.model.backbone.pop('init_cfg', None)
+    # SGD adds it to the gradients, which the momentum is to show.
+    cfg.optim_wrapper.optimizer.weight_decay = 0.0
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = (SIZE, SIZE)
     torch.manual_seed(0)
@@ -107,14 +119,16 @@ def train_one_iteration(file):
     runner.train()
     logged = runner.message_hub.log_scalars
     state = runner.optim_wrapper.optimizer.state
+    moment = 'momentum_buffer' if cfg.optim_wrapper.optimizer.type == 'SGD' else 'exp_avg'
     moved = [
-        bool(state[parameter]['exp_avg'].abs().sum() > 0)
+        bool(state[parameter][moment].abs().sum() > 0)
         for name, parameter in runner.model.backbone.named_parameters()
-        if '.predictors.' in name and name.endswith('.weight')
+        if 'predictors.' in name and name.endswith('.weight')
     ]
+    stage = runner.model.backbone.stages[2]
     return dict(
         backbone=type(runner.model.backbone).__name__,
-        blocks=len(runner.model.backbone.stages[2].blocks),
+        blocks=len(getattr(stage, 'blocks', stage)),
         decisions=len(runner.model.backbone.decisions),
         losses={
             key.removeprefix('train/'): float(value.current())
@@ -149,9 +163,9 @@ def run_swap(absent, files, tmp_path):
 @pytest.mark.parametrize(
     ('absent', 'files', 'imported'),
     [
-        ('mmdet', UPERNET, [True, False]),
-        ('mmseg', MASK_RCNN, [False, True]),
-        ('nothing', UPERNET[:1] + MASK_RCNN, [True, True]),
+        ('mmdet', list(UPERNET), [True, False]),
+        ('mmseg', list(MASK_RCNN), [False, True]),
+        ('nothing', ONE_EACH, [True, True]),
     ],
     ids=['mmdet absent', 'mmseg absent', 'both installed'],
 )
@@ -160,8 +174,9 @@ def test_stock_config_trains_with_the_type_changed(absent, files, imported, tmp_
     assert not report['loaded_early']
     assert report['imported'] == imported
     for file, result in zip(files, report['results'], strict=True):
-        assert result['backbone'] == 'SparseSwinTransformer'
-        assert result['blocks'] == (6 if 'tiny' in file or 'swin-t' in file else 18)
+        resnet = 'SparseResNetV1c' if 'upernet' in file else 'SparseResNet'
+        assert result['backbone'] == ('SparseSwinTransformer' if 'swin' in file else resnet)
+        assert result['blocks'] == BLOCKS[file]
         assert result['decisions'] == 3
         losses = result['losses']
         task_loss = 'loss_mask' if 'mask-rcnn' in file else 'decode.loss_ce'
