@@ -235,9 +235,7 @@ def test_a_mismatch_says_which_keys(tmp_path, tiny_swin):
 
 def test_bad_source_and_layout(tiny_swin):
     state = SparseSwinTransformer(**tiny_swin).state_dict()
-    with pytest.raises(
-        ValueError, match=r"source must be one of .*'dynamicvit'.*got 'torchvision'"
-    ):
-        convert_checkpoint(state, 'torchvision')
+    with pytest.raises(ValueError, match=r"source must be one of .*'dynamicvit'.*got 'keras'"):
+        convert_checkpoint(state, 'keras')
     with pytest.raises(ValueError, match=r"source 'swin' expects names such as 'layers\.0"):
         convert_checkpoint(state, 'swin')
