@@ -2,6 +2,7 @@
 
 from .conv_norm import conv_norm
 from .fast_path import LinearFastPath, LowRankFastPath
+from .linear import FFN, Linear, linear_act
 from .norm import LayerNorm2d
 from .patch import PatchEmbed, PatchMerging
 from .predictor import CellPredictor, LocalGlobalPredictor
@@ -9,8 +10,10 @@ from .token_attention import TokenMSA
 from .window_attention import ShiftWindowMSA, WindowMSA
 
 __all__ = [
+    'FFN',
     'CellPredictor',
     'LayerNorm2d',
+    'Linear',
     'LinearFastPath',
     'LocalGlobalPredictor',
     'LowRankFastPath',
@@ -20,4 +23,5 @@ __all__ = [
     'TokenMSA',
     'WindowMSA',
     'conv_norm',
+    'linear_act',
 ]

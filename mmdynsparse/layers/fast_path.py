@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import MODELS
+from .linear import Linear
 
 
 @MODELS.register_module()
@@ -22,7 +23,7 @@ class LinearFastPath(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embed_dims, eps=eps)
-        self.fc = nn.Linear(embed_dims, embed_dims)
+        self.fc = Linear(embed_dims, embed_dims)
         self.gamma = None
         if layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((embed_dims,), layer_scale))
@@ -51,8 +52,8 @@ class LowRankFastPath(nn.Module):
         super().__init__()
         if not 1 <= reduction <= embed_dims:
             raise ValueError(f'reduction must be in 1 to {embed_dims}, got {reduction}')
-        self.fc1 = nn.Linear(embed_dims, embed_dims // reduction)
-        self.fc2 = nn.Linear(embed_dims // reduction, embed_dims)
+        self.fc1 = Linear(embed_dims, embed_dims // reduction)
+        self.fc2 = Linear(embed_dims // reduction, embed_dims)
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
 

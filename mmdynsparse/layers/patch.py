@@ -5,6 +5,8 @@ from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .linear import Linear
+
 
 class PatchEmbed(BaseModule):
     """Cut an image into non-overlapping patches and project each to a token.
@@ -59,7 +61,7 @@ class PatchMerging(BaseModule):
         self.out_channels = out_channels
         dims = self.kernel_size**2 * in_channels
         self.norm = build_norm_layer(norm_cfg, dims)[1] if norm_cfg else nn.Identity()
-        self.reduction = nn.Linear(dims, out_channels, bias=False)
+        self.reduction = Linear(dims, out_channels, bias=False)
 
     def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Map tokens (B, N, C) to merged tokens and their size; zeros pad right and bottom."""

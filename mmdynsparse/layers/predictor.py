@@ -3,7 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import linear
 from ..registry import MODELS
+from .linear import Linear
 
 
 @MODELS.register_module()
@@ -28,10 +30,10 @@ class LocalGlobalPredictor(nn.Module):
         if embed_dims < 4:
             raise ValueError(f'embed_dims must be at least 4, got {embed_dims}')
         self.norm = nn.LayerNorm(embed_dims, eps=eps)
-        self.fc_in = nn.Linear(embed_dims, embed_dims)
-        self.fc1 = nn.Linear(embed_dims, embed_dims // 2)
-        self.fc2 = nn.Linear(embed_dims // 2, embed_dims // 4)
-        self.fc3 = nn.Linear(embed_dims // 4, 2)
+        self.fc_in = Linear(embed_dims, embed_dims)
+        self.fc1 = Linear(embed_dims, embed_dims // 2)
+        self.fc2 = Linear(embed_dims // 2, embed_dims // 4)
+        self.fc3 = Linear(embed_dims // 4, 2)
 
     def forward(self, x_BNC: Tensor, among_BN: Tensor | None = None) -> Tensor:
         """Return (B, N, 2) float32 log-probabilities [keep, drop] of tokens (B, N, C).
@@ -41,12 +43,12 @@ class LocalGlobalPredictor(nn.Module):
             among_BN: 1 for the tokens over which the mean is taken (DynamicViT: those still
                 kept), 0 for others. Defaults to None, all.
         """
-        x_BNC = F.gelu(self.fc_in(self.norm(x_BNC)))
+        x_BNC = _linear_gelu(self.norm(x_BNC), self.fc_in)
         local = x_BNC.shape[-1] // 2
         w_local, w_mean = self.fc1.weight.split((local, x_BNC.shape[-1] - local), dim=1)
         mean_B1C = _mean(x_BNC[..., local:], among_BN)
-        h = F.linear(x_BNC[..., :local], w_local) + F.linear(mean_B1C, w_mean, self.fc1.bias)
-        h = self.fc3(F.gelu(self.fc2(F.gelu(h))))
+        h = linear(x_BNC[..., :local], w_local, None) + linear(mean_B1C, w_mean, self.fc1.bias)
+        h = self.fc3(_linear_gelu(F.gelu(h), self.fc2))
         return F.log_softmax(h.float(), dim=-1)
 
 
@@ -70,12 +72,16 @@ class CellPredictor(nn.Module):
         super().__init__()
         if reduction < 1 or embed_dims // reduction < 4:
             raise ValueError(f'reduction must be in 1 to {embed_dims // 4}, got {reduction}')
-        self.reduce = nn.Linear(embed_dims, embed_dims // reduction)
+        self.reduce = Linear(embed_dims, embed_dims // reduction)
         self.score = LocalGlobalPredictor(embed_dims // reduction)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """Return (B, N, 2) float32 log-probabilities [keep, drop] of cell means (B, N, C)."""
         return self.score(self.reduce(x_BNC))
+
+
+def _linear_gelu(x: Tensor, fc: nn.Linear) -> Tensor:
+    return linear(x, fc.weight, fc.bias, gelu=True)
 
 
 def _mean(x_BNC: Tensor, among_BN: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..ops import policy_softmax, region
+from ..ops import linear, policy_softmax, region
 
 
 class TokenMSA(BaseModule):
@@ -47,7 +47,7 @@ class TokenMSA(BaseModule):
 
     def _forward(self, x_BTC: Tensor, policy_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor:
         m = self.attn
-        qkv = F.linear(x_BTC, m.in_proj_weight, m.in_proj_bias)
+        qkv = linear(x_BTC, m.in_proj_weight, m.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, m.num_heads, m.head_dim)).permute(2, 0, 3, 1, 4)
         if policy_BT is None:
             valid = None if valid_BT is None else valid_BT[:, None, None, :]
@@ -59,4 +59,5 @@ class TokenMSA(BaseModule):
             eps = 1e-6 if self.training else 0.0
             weights = policy_softmax(logits, policy_BT, eps).to(v.dtype)
             out = F.dropout(weights, m.dropout, self.training) @ v
-        return self.proj_drop(m.out_proj(out.transpose(1, 2).flatten(2)))
+        out = linear(out.transpose(1, 2).flatten(2), m.out_proj.weight, m.out_proj.bias)
+        return self.proj_drop(out)

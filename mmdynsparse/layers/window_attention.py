@@ -10,6 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..ops import head_rows, region, relative_position_index, shift_mask
+from .linear import Linear
 
 
 class WindowMSA(BaseModule):
@@ -40,9 +41,9 @@ class WindowMSA(BaseModule):
             torch.zeros((2 * window_size - 1) ** 2, num_heads)
         )
         self.register_buffer('relative_position_index', relative_position_index(window_size))
-        self.qkv = nn.Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
+        self.qkv = Linear(embed_dims, embed_dims * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop_rate)
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj = Linear(embed_dims, embed_dims)
 
     def attend(self, qkv_3BLhTD: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within each window.

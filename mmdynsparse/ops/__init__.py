@@ -11,6 +11,7 @@ from .cells import (
     take_tiles,
     tile_rows,
 )
+from .linear import linear
 from .regions import REGIONS, region
 from .select import (
     SELECTORS,
@@ -39,6 +40,7 @@ __all__ = [
     'cell_table',
     'head_rows',
     'keep_all',
+    'linear',
     'num_kept',
     'policy_softmax',
     'put_tokens',

@@ -17,26 +17,52 @@ Path = Callable[[Tensor], Tensor]
 
 
 def two_paths(
-    x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision, gather: bool
+    x_BNC: Tensor,
+    residual_BNC: Tensor,
+    slow: Path,
+    fast: Path | None,
+    decision: Decision,
+    gather: bool,
+    drop_path: Path,
 ) -> Tensor:
-    """Compute the slow path at kept locations and the fast path at dropped ones.
+    """Add the slow path's update at kept locations and the fast path's at dropped ones.
 
     Args:
         x_BNC: Tokens, (B, N, C).
+        residual_BNC: What the update is added to, (B, N, C); often ``x_BNC`` itself.
         slow: The expressive path, a function of single tokens: any leading shape, last dim C.
-        fast: The light path, likewise, or None for zeros: a residual update leaves dropped
-            tokens as they are.
+        fast: The light path, likewise, or None: dropped tokens get no update.
         decision: Which locations are kept; N is the product of its ``hw``.
         gather: Compute each path on its own locations only (inference) rather than both
             everywhere, combined by the mask (training: the mask receives a gradient).
+        drop_path: Stochastic depth of the update; it plays no part in gathered execution.
 
     Returns:
-        (B, N, C), in the dtype of the slow path's output.
+        (B, N, C), in the dtype of the sum of residual and update.
     """
-    return (_gathered if gather else _masked)(x_BNC, slow, fast, decision)
+    if not gather:
+        return residual_BNC + drop_path(_masked_update(x_BNC, slow, fast, decision))
+    if decision.kept is None:
+        decision = with_positions(decision)
+    x, residual = x_BNC.flatten(0, 1), residual_BNC.flatten(0, 1)
+    # With a fast path every row is written by one of the two.
+    out = residual.clone() if fast is None else torch.empty_like(residual)
+    paths = (('slow path', slow, decision.kept), ('fast path', fast, decision.dropped))
+    for name, path, rows in paths:
+        if path is None:
+            continue
+        with region('gather'):
+            x_RC = x.index_select(0, rows)
+            residual_RC = x_RC if residual_BNC is x_BNC else residual.index_select(0, rows)
+        with region(name):
+            update_RC = path(x_RC)
+        with region('scatter'):
+            out = out.to(torch.promote_types(out.dtype, update_RC.dtype))
+            out.index_copy_(0, rows, (residual_RC + update_RC).to(out.dtype))
+    return out.view_as(residual_BNC)
 
 
-def _masked(x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision) -> Tensor:
+def _masked_update(x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision) -> Tensor:
     with region('slow path'):
         slow_BNC = slow(x_BNC)
     mask_BN1 = decision.mask.unsqueeze(-1).to(slow_BNC.dtype)
@@ -46,23 +72,3 @@ def _masked(x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision) ->
         fast_BNC = fast(x_BNC).to(slow_BNC.dtype)
     # lerp returns its ends exactly, so a kept location has the slow path's bits.
     return torch.lerp(fast_BNC, slow_BNC, mask_BN1)
-
-
-def _gathered(x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision) -> Tensor:
-    if decision.kept is None:
-        decision = with_positions(decision)
-    x_flat = x_BNC.flatten(0, 1)
-    with region('gather'):
-        x_KC = x_flat.index_select(0, decision.kept)
-    with region('slow path'):
-        slow_KC = slow(x_KC)
-    with region('scatter'):
-        out = slow_KC.new_zeros(x_flat.shape).index_copy_(0, decision.kept, slow_KC)
-    if fast is not None:
-        with region('gather'):
-            x_MC = x_flat.index_select(0, decision.dropped)
-        with region('fast path'):
-            fast_MC = fast(x_MC)
-        with region('scatter'):
-            out.index_copy_(0, decision.dropped, fast_MC.to(out.dtype))
-    return out.view_as(x_BNC)

@@ -21,22 +21,37 @@ def paths():
     return slow, nn.Linear(C, C)
 
 
+def run(x, slow, fast, decision, gather, residual=None):
+    residual = x if residual is None else residual
+    return two_paths(x, residual, slow, fast, decision, gather, nn.Identity())
+
+
 @pytest.mark.parametrize('counts', [(7, 7, 7), (0, 20, 5), (0, 0, 0), (20, 20, 20), (1, 19, 0)])
 @pytest.mark.parametrize('with_fast', [True, False])
-def test_masked_equals_gathered(paths, counts, with_fast):
+@pytest.mark.parametrize('own_residual', [True, False])
+def test_masked_equals_gathered(paths, counts, with_fast, own_residual):
     slow, fast = paths[0], paths[1] if with_fast else None
     x, decision = torch.randn(B, N, C), decision_of(counts)
-    masked = two_paths(x, slow, fast, decision, gather=False)
-    gathered = two_paths(x, slow, fast, decision, gather=True)
+    residual = x if own_residual else torch.randn(B, N, C)
+    before = residual.clone()
+    masked = run(x, slow, fast, decision, False, residual)
+    gathered = run(x, slow, fast, decision, True, residual)
     torch.testing.assert_close(masked, gathered, atol=1e-6, rtol=0)
+    assert torch.equal(residual, before)
 
 
 def test_each_location_takes_its_path():
     x, decision = torch.ones(B, N, C), decision_of((3, 0, 20))
     for gather in (False, True):
-        out = two_paths(x, lambda t: t * 2, lambda t: t * 5, decision, gather)
-        expected = torch.where(decision.mask.bool(), 2.0, 5.0)
+        out = run(x, lambda t: t * 2, lambda t: t * 5, decision, gather, 10 * x)
+        expected = torch.where(decision.mask.bool(), 12.0, 15.0)
         assert torch.equal(out, expected[..., None].expand(B, N, C))
+
+
+def test_stochastic_depth_drops_the_update_not_the_residual():
+    x, decision = torch.ones(B, N, C), decision_of((3, 0, 20))
+    out = two_paths(x, x, lambda t: t, lambda t: t, decision, False, torch.zeros_like)
+    assert torch.equal(out, x)
 
 
 def test_gathered_computes_each_location_once(paths):
@@ -50,7 +65,7 @@ def test_gathered_computes_each_location_once(paths):
         seen.append(len(x))
         return x
 
-    two_paths(torch.randn(B, N, C), slow, fast, decision_of((3, 0, 20)), gather=True)
+    run(torch.randn(B, N, C), slow, fast, decision_of((3, 0, 20)), gather=True)
     assert seen == [23, 37]
 
 
@@ -59,7 +74,7 @@ def test_gradients_of_both_executions_agree(paths):
     x, decision = torch.randn(B, N, C), decision_of((3, 10, 20))
     grads = []
     for gather in (False, True):
-        two_paths(x, slow, fast, decision, gather).square().sum().backward()
+        run(x, slow, fast, decision, gather).square().sum().backward()
         grads.append([p.grad.clone() for p in (*slow.parameters(), *fast.parameters())])
         slow.zero_grad(), fast.zero_grad()
     for a, b in zip(*grads, strict=True):
@@ -70,5 +85,5 @@ def test_mask_gradient_is_the_gain_of_the_slow_path(paths):
     slow, fast = paths
     x, decision = torch.randn(B, N, C), decision_of((3, 10, 20))
     mask = decision.mask.requires_grad_()
-    two_paths(x, slow, fast, decision, gather=False).sum().backward()
+    run(x, slow, fast, decision, gather=False).sum().backward()
     torch.testing.assert_close(mask.grad, (slow(x) - fast(x)).sum(-1), atol=1e-5, rtol=1e-5)

@@ -19,7 +19,7 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_init
 from torch import Tensor, nn
 
-from ...layers import LayerNorm2d
+from ...layers import LayerNorm2d, Linear, linear_act
 from ...ops import Decision, two_paths
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained
@@ -74,9 +74,9 @@ class ConvNeXtBlock(BaseModule):
         self.with_cp = with_cp
         self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
         self.norm = LayerNorm2d(channels, eps=eps)
-        self.pointwise_conv1 = nn.Linear(channels, 4 * channels)
+        self.pointwise_conv1 = Linear(channels, 4 * channels)
         self.act = build_activation_layer(act_cfg)
-        self.pointwise_conv2 = nn.Linear(4 * channels, channels)
+        self.pointwise_conv2 = Linear(4 * channels, channels)
         self.gamma = None
         if layer_scale_init_value > 0:
             self.gamma = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
@@ -92,17 +92,22 @@ class ConvNeXtBlock(BaseModule):
     def _forward(self, x: Tensor, decision: Decision | None, gather: bool) -> Tensor:
         mixed_BHWC = self.depthwise_conv(x).permute(0, 2, 3, 1)
         if decision is None or (decision.keeps_all and not self.training):
-            update_BHWC = self._slow_path(mixed_BHWC)
-        else:
-            update_BNC = two_paths(
-                mixed_BHWC.flatten(1, 2), self._slow_path, self.fast_path, decision, gather
-            )
-            update_BHWC = update_BNC.view(mixed_BHWC.shape)
-        return x + self.drop_path(update_BHWC.permute(0, 3, 1, 2))
+            return x + self.drop_path(self._slow_path(mixed_BHWC).permute(0, 3, 1, 2))
+        tokens_BNC = x.permute(0, 2, 3, 1).flatten(1, 2)
+        out_BNC = two_paths(
+            mixed_BHWC.flatten(1, 2),
+            tokens_BNC,
+            self._slow_path,
+            self.fast_path,
+            decision,
+            gather,
+            self.drop_path,
+        )
+        return out_BNC.view(mixed_BHWC.shape).permute(0, 3, 1, 2)
 
     def _slow_path(self, x: Tensor) -> Tensor:
         x = self.norm.over_last(x)
-        x = self.pointwise_conv2(self.act(self.pointwise_conv1(x)))
+        x = self.pointwise_conv2(linear_act(x, self.pointwise_conv1, self.act))
         return x if self.gamma is None else x * self.gamma
 
 

@@ -281,8 +281,7 @@ class SparseResNet(SparseBackbone):
     A decision is made for cells of g x g positions and holds for the blocks up to the next
     predictor. A block without a projection of its identity can be sparse, that is, every block but
     the first of a stage. Kept cells get the block's residual; the others stay as they are, or get
-    the fast path's. In training execution is always masked: batch norm needs all positions.
-    Maps are kept channels last in memory.
+    the fast path's. Maps are kept channels last in memory.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -474,10 +473,6 @@ class SparseResNet(SparseBackbone):
             gather = self.gathers(self.stages[i].training)
             x = _sparse_blocks(x, blocks[start:end], decision, self.cell_size[i], gather)
         return x
-
-    def gathers(self, training: bool) -> bool:
-        """Return whether blocks run gathered: never in training."""
-        return not training and super().gathers(training)
 
     def train(self, mode: bool = True) -> 'SparseResNet':
         """Set the training mode; frozen stages stay in eval mode, without gradients."""

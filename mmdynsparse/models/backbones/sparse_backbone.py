@@ -15,7 +15,7 @@ from ...ops import Decision, keep_all, region, sample_decision, select_decision
 from ...registry import MODELS
 from ..sparsity import Sparsity
 
-EXECUTIONS = ('auto', 'masked', 'gather')
+EXECUTIONS = ('gather', 'masked')
 
 
 class SparseBackbone(BaseModule):
@@ -24,9 +24,9 @@ class SparseBackbone(BaseModule):
     Attributes:
         keep_ratios: Target keep ratio of each predictor; change them by ``set_keep_ratio``.
         decisions: Decisions of the last forward, in the order of the predictors.
-        execution: 'masked' computes both paths everywhere and combines them by the mask, 'gather'
-            computes each path on its own locations; 'auto' is masked in training, gather in eval.
-            In training only masked execution lets the predictors learn from the task.
+        execution: How a model in eval mode is executed: 'gather' (the default) computes each path
+            on its own locations, 'masked' both everywhere and combines them by the mask. In
+            training it is always masked, which lets the predictors learn from the task.
         has_ratio_loss: Whether something trains the predictors towards the keep ratios; set by
             ``SparsityHook``. A sparse backbone that trains without it warns once.
 
@@ -53,14 +53,14 @@ class SparseBackbone(BaseModule):
         if self.sparsity is not None:
             self.set_keep_ratio(self.sparsity.keep_ratio)
         self.decisions: list[Decision] = []
-        self.execution = 'auto'
+        self.execution = 'gather'
         self.has_ratio_loss = False
         self._warned = False
         self.register_forward_hook(_forget_exported)
 
     @property
     def execution(self) -> str:
-        """How sparse blocks are executed, one of ``EXECUTIONS``."""
+        """How sparse blocks are executed in eval mode, one of ``EXECUTIONS``."""
         return self._execution
 
     @execution.setter
@@ -100,7 +100,7 @@ class SparseBackbone(BaseModule):
         elif ratio >= 1:
             decision = keep_all(x_BNC, hw)
         else:
-            gather = self.execution != 'masked'
+            gather = self.execution == 'gather'
             with region('predictor'):
                 log_probs = predictor(x_BNC)
             decision = select_decision(log_probs, hw, ratio, self.sparsity.selector, gather)
@@ -109,7 +109,7 @@ class SparseBackbone(BaseModule):
 
     def gathers(self, training: bool) -> bool:
         """Return whether blocks in training or eval mode run gathered."""
-        return self.execution == 'gather' or (self.execution == 'auto' and not training)
+        return not training and self.execution == 'gather'
 
     def start_decisions(self) -> None:
         """Forget the decisions of the last forward; call it at the start of each."""

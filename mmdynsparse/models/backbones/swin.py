@@ -13,14 +13,13 @@ import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.drop import DropPath
-from mmcv.cnn.bricks.transformer import FFN
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from ...layers import PatchEmbed, PatchMerging, ShiftWindowMSA
+from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA
 from ...ops import Decision, two_paths
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained, resize_bias_table, resize_pos_embed
@@ -85,9 +84,8 @@ class SwinBlock(BaseModule):
         self.ffn = FFN(
             embed_dims,
             feedforward_channels,
+            act_cfg,
             ffn_drop=drop_rate,
-            act_cfg=act_cfg,
-            add_identity=False,
         )
         self.fast_path = build_part(fast_path, embed_dims) if fast_path else None
         self.drop_path = DropPath(drop_path_rate)
@@ -108,7 +106,7 @@ class SwinBlock(BaseModule):
         # without a gradient, and the mask of ones gives the slow path's value exactly.
         if decision is None or (decision.keeps_all and not self.training):
             return x + self.drop_path(self._slow_path(x))
-        return x + self.drop_path(two_paths(x, self._slow_path, self.fast_path, decision, gather))
+        return two_paths(x, x, self._slow_path, self.fast_path, decision, gather, self.drop_path)
 
     def _slow_path(self, x: Tensor) -> Tensor:
         return self.ffn(self.norm2(x))

@@ -13,14 +13,14 @@ from typing import ClassVar
 import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import FFN
+from mmcv.cnn.bricks.drop import DropPath
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import constant_init, kaiming_init, trunc_normal_
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from ...layers import PatchEmbed, TokenMSA
+from ...layers import FFN, PatchEmbed, TokenMSA
 from ...ops import (
     Decision,
     TokenSubset,
@@ -78,9 +78,9 @@ class TransformerEncoderLayer(BaseModule):
             feedforward_channels,
             num_fcs=num_fcs,
             ffn_drop=drop_rate,
-            dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
             act_cfg=act_cfg,
         )
+        self.drop_path = DropPath(drop_path_rate)
 
     def forward(
         self, x_BTC: Tensor, policy_BT: Tensor | None = None, valid_BT: Tensor | None = None
@@ -100,7 +100,7 @@ class TransformerEncoderLayer(BaseModule):
 
     def _forward(self, x: Tensor, policy_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor:
         y = x + self.attn(self.ln1(x), policy_BT, valid_BT)
-        y = self.ffn(self.ln2(y), identity=y)
+        y = y + self.drop_path(self.ffn(self.ln2(y)))
         return y if policy_BT is None else torch.lerp(x, y, policy_BT.unsqueeze(-1).to(y.dtype))
 
 

@@ -1,0 +1,54 @@
+"""Linear layers in the form that is fastest on the device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+# oneDNN's matrix product, which torch.compile uses as well. F.linear calls the BLAS library
+# instead; MKL reaches half of oneDNN's speed on AMD processors (benchmarks/README.md). None where
+# torch is built without it.
+_ONE_DNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """Apply a linear layer, and a GELU if asked for.
+
+    Inference in float32 on a CPU runs in oneDNN, everything else as ``F.linear``.
+
+    Args:
+        x: (..., C_in).
+        weight: (C_out, C_in).
+        bias: (C_out,) or None.
+        gelu: Whether the exact (erf) GELU follows. Defaults to False.
+
+    Returns:
+        (..., C_out)
+    """
+    if _runs_in_one_dnn(x):
+        act, algorithm = ('gelu', 'none') if gelu else ('none', '')
+        return _ONE_DNN(x, weight, bias, act, [], algorithm)
+    x = F.linear(x, weight, bias)
+    return F.gelu(x) if gelu else x
+
+
+def _runs_in_one_dnn(x: Tensor) -> bool:
+    # A compiler chooses by itself, and what is traced shall contain public operators only.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+        return False
+    return (
+        x.device.type == 'cpu'
+        and x.dtype == torch.float32
+        and x.numel() > 0
+        and _ONE_DNN is not None
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled('cpu')
+    )
+
+
+def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x_shape.numel() * weight_shape[0]
+
+
+if _ONE_DNN is not None:
+    register_flop_formula(_ONE_DNN)(_linear_flops)
