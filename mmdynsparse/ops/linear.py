@@ -27,7 +27,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     """
     if _runs_in_one_dnn(x):
         act, algorithm = ('gelu', 'none') if gelu else ('none', '')
-        return _ONE_DNN(x, weight, bias, act, [], algorithm)
+        # On weights that are a part of others it falls back to a loop, a thousand times slower.
+        return _ONE_DNN(x, weight.contiguous(), bias, act, [], algorithm)
     x = F.linear(x, weight, bias)
     return F.gelu(x) if gelu else x
 
