@@ -117,8 +117,7 @@ def with_positions(decision: Decision, kept_per_image: int | None = None) -> Dec
         keep = mask_BN.flatten() > 0.5
         kept, dropped = _nonzero(keep), _nonzero(~keep)
     else:
-        kept = _positions(mask_BN, kept_per_image)
-        dropped = _positions(1 - mask_BN, mask_BN.shape[1] - kept_per_image)
+        kept, dropped = _positions(mask_BN, kept_per_image)
     # torch.compile does not keep what _replace returns as an attribute of the model.
     return Decision(*decision[:4], kept, dropped)
 
@@ -174,12 +173,13 @@ def _nonzero(flags: Tensor) -> Tensor:
     return flags.nonzero().squeeze(1)
 
 
-def _positions(mask_BN: Tensor, count: int) -> Tensor:
-    """Sorted flat positions of the ones in ``mask_BN``, of which each row holds ``count``."""
+def _positions(mask_BN: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sorted flat positions of the ones and zeros in ``mask_BN``; each row has ``count`` ones."""
     b, n = mask_BN.shape
-    rank_BN = (mask_BN > 0.5).cumsum(1) - 1
-    # Zeros all write to one spare slot at the end of the row, which is cut off.
-    slot_BN = torch.where(mask_BN > 0.5, rank_BN, count)
+    keep_BN = mask_BN > 0.5
     idx_BN = torch.arange(b * n, device=mask_BN.device).view(b, n)
-    out_BK = idx_BN.new_zeros(b, count + 1).scatter_(1, slot_BN, idx_BN)
-    return out_BK[:, :count].flatten()
+    # Ones go to the front of their row and zeros behind them, each in order.
+    rank_BN = keep_BN.cumsum(1)
+    slot_BN = torch.where(keep_BN, rank_BN - 1, count + idx_BN[:1] - rank_BN)
+    order_BN = torch.empty_like(idx_BN).scatter_(1, slot_BN, idx_BN)
+    return order_BN[:, :count].flatten(), order_BN[:, count:].flatten()
