@@ -48,7 +48,9 @@ def keep_all(x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
     return Decision(ones_BN, torch.zeros_like(ones_BN), hw, 1.0)
 
 
-def sample_decision(log_probs_BN2: Tensor, hw: tuple[int, int], ratio: float) -> Decision:
+def sample_decision(
+    log_probs_BN2: Tensor, hw: tuple[int, int], ratio: float, temperature: float = 1.0
+) -> Decision:
     """Sample a decision for training, with a gradient for the predictor.
 
     The mask is hard in the forward pass and the Gumbel-softmax probability in the backward pass.
@@ -59,13 +61,15 @@ def sample_decision(log_probs_BN2: Tensor, hw: tuple[int, int], ratio: float) ->
         log_probs_BN2: (B, N, 2) log-probabilities [keep, drop].
         hw: Height and width of the map.
         ratio: Target keep ratio in (0, 1].
+        temperature: Of the Gumbel-softmax, > 0; it changes the gradient, not how often a location
+            is kept. Defaults to 1.
     """
     log_probs_BN2 = log_probs_BN2.float()
     if ratio >= 1:
         soft_BN = log_probs_BN2[..., 0].exp()
         hard_BN = torch.ones_like(soft_BN)
     else:
-        soft_BN = F.gumbel_softmax(log_probs_BN2, dim=-1)[..., 0]
+        soft_BN = F.gumbel_softmax(log_probs_BN2, tau=temperature, dim=-1)[..., 0]
         hard_BN = (soft_BN > 0.5).float()
     # The bracket is exactly zero, so the mask is exactly 0 or 1.
     mask_BN = hard_BN + (soft_BN - soft_BN.detach())

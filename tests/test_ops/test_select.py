@@ -105,3 +105,15 @@ def test_sampling_is_float32_for_half_scores():
 def test_keep_all():
     decision = keep_all(torch.zeros(2, 6, 4), (2, 3))
     assert decision.keeps_all and decision.mask.shape == (2, 6) and decision.mask.min() == 1
+
+
+def test_temperature_changes_the_gradient_alone():
+    logits = torch.randn(4, 30, 2, requires_grad=True)
+    masks, grads = [], []
+    for temperature in (1.0, 0.5, 4.0):
+        torch.manual_seed(1)
+        mask = sample_decision(logits.log_softmax(-1), (5, 6), 0.5, temperature).mask
+        masks.append(mask.detach())
+        grads.append(torch.autograd.grad(mask.sum(), logits)[0])
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+    assert not torch.allclose(grads[0], grads[1]) and not torch.allclose(grads[0], grads[2])

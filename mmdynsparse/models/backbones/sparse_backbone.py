@@ -27,6 +27,7 @@ class SparseBackbone(BaseModule):
         execution: How a model in eval mode is executed: 'gather' (the default) computes each path
             on its own locations, 'masked' both everywhere and combines them by the mask. In
             training it is always masked, which lets the predictors learn from the task.
+        temperature: Of the Gumbel-softmax by which training samples, > 0; 1 unless changed.
         has_ratio_loss: Whether something trains the predictors towards the keep ratios; set by
             ``SparsityHook``. A sparse backbone that trains without it warns once.
 
@@ -54,6 +55,7 @@ class SparseBackbone(BaseModule):
             self.set_keep_ratio(self.sparsity.keep_ratio)
         self.decisions: list[Decision] = []
         self.execution = 'gather'
+        self.temperature = 1.0
         self.has_ratio_loss = False
         self._warned = False
         self.register_forward_hook(_forget_exported)
@@ -96,7 +98,7 @@ class SparseBackbone(BaseModule):
         """
         ratio = self.keep_ratios[len(self.decisions)]
         if predictor.training:
-            decision = sample_decision(predictor(x_BNC), hw, ratio)
+            decision = sample_decision(predictor(x_BNC), hw, ratio, self.temperature)
         elif ratio >= 1:
             decision = keep_all(x_BNC, hw)
         else:

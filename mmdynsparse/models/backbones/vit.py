@@ -307,7 +307,7 @@ class SparseVisionTransformer(SparseBackbone):
             among_BN = self.decisions[-1].mask
         log_probs = self._score(whole_BTC, predictor, among_BN, subset)
         if self.training:
-            decision = sample_decision(log_probs, hw, ratio)
+            decision = sample_decision(log_probs, hw, ratio, self.temperature)
             if among_BN is not None:
                 decision = Decision(decision.mask * among_BN, *decision[1:])
         else:
