@@ -1,8 +1,8 @@
 """Modules built on ``mmdynsparse.ops``, shared by all backbones."""
 
-from .conv_norm import conv_norm
+from .conv_norm import conv_norm, fold_norm
 from .fast_path import LinearFastPath, LowRankFastPath
-from .linear import FFN, Linear, linear_act
+from .linear import FFN, Linear, fused_paths, linear_act, mlp_weights
 from .norm import LayerNorm2d
 from .patch import PatchEmbed, PatchMerging
 from .predictor import CellPredictor, LocalGlobalPredictor
@@ -23,5 +23,8 @@ __all__ = [
     'TokenMSA',
     'WindowMSA',
     'conv_norm',
+    'fold_norm',
+    'fused_paths',
     'linear_act',
+    'mlp_weights',
 ]

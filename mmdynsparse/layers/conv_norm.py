@@ -25,6 +25,10 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, padding: int | None =
     positions = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
     if norm.training or conv.weight.numel() >= conv.out_channels * positions:
         return norm(F.conv2d(x, conv.weight, None, *geometry))
+    return F.conv2d(x, *fold_norm(conv, norm), *geometry)
+
+
+def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a convolution with its batch norm, in eval mode, folded in."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = norm.bias - norm.running_mean * scale
-    return F.conv2d(x, conv.weight * scale.view(-1, 1, 1, 1), bias, *geometry)
+    return conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops.kernels import LinearWeights
 from ..registry import MODELS
 from .linear import Linear
 
@@ -27,6 +28,13 @@ class LinearFastPath(nn.Module):
         self.gamma = None
         if layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((embed_dims,), layer_scale))
+
+    def weights(self) -> LinearWeights:
+        """Return the parameters for a fused kernel."""
+        norm = self.norm
+        return LinearWeights(
+            norm.weight, norm.bias, norm.eps, self.fc.weight, self.fc.bias, self.gamma
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (..., C) to their update (..., C)."""

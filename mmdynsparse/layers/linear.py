@@ -4,7 +4,8 @@ from mmcv.cnn import build_activation_layer
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
 
-from ..ops import linear
+from ..ops import Decision, linear, with_positions
+from ..ops.kernels import MlpWeights, get_kernel
 
 
 class Linear(nn.Linear):
@@ -17,9 +18,57 @@ class Linear(nn.Linear):
 
 def linear_act(x: Tensor, fc: nn.Linear, act: nn.Module) -> Tensor:
     """Apply a linear layer and the activation that follows it, in one pass where possible."""
-    if isinstance(act, nn.GELU) and act.approximate == 'none':
+    if _is_gelu(act):
         return linear(x, fc.weight, fc.bias, gelu=True)
     return act(fc(x))
+
+
+def mlp_weights(
+    norm: nn.Module, fc1: nn.Linear, act: nn.Module, fc2: nn.Linear, gamma: Tensor | None = None
+) -> MlpWeights:
+    """Return the parameters of norm, linear, GELU, linear and LayerScale for a fused kernel.
+
+    Raises:
+        ValueError: If the norm is no layer norm or the activation is not the exact GELU.
+    """
+    if not isinstance(norm, nn.LayerNorm):
+        raise ValueError(f'the norm must be a LayerNorm for fused kernels, got {norm}')
+    if not _is_gelu(act):
+        raise ValueError(f'the activation must be GELU for fused kernels, got {act}')
+    weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    return MlpWeights(norm.weight, norm.bias, norm.eps, *weights, gamma)
+
+
+def fused_paths(
+    x_BNC: Tensor,
+    residual_BNC: Tensor,
+    slow: MlpWeights,
+    fast_path: nn.Module | None,
+    decision: Decision,
+) -> Tensor:
+    """Do what ``ops.two_paths`` does, gathered, in Triton kernels on a CUDA device.
+
+    Args:
+        x_BNC: Tokens, (B, N, C), in the dtype of the weights.
+        residual_BNC: What the update is added to, (B, N, C).
+        slow: Parameters of the slow path.
+        fast_path: A :class:`LinearFastPath`, or None.
+        decision: Which locations are kept.
+
+    Returns:
+        (B, N, C)
+    """
+    if decision.kept is None:
+        decision = with_positions(decision)
+    fast = None if fast_path is None else fast_path.weights()
+    x, residual = x_BNC.flatten(0, 1), residual_BNC.flatten(0, 1)
+    sparse_mlp = get_kernel('sparse_mlp', 'triton')
+    out = sparse_mlp(x, residual, decision.kept, decision.dropped, slow, fast)
+    return out.view_as(residual_BNC)
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    return isinstance(act, nn.GELU) and act.approximate == 'none'
 
 
 class FFN(BaseModule):
@@ -58,6 +107,19 @@ class FFN(BaseModule):
         ]
         last = Linear(feedforward_channels, embed_dims)
         self.layers = Sequential(*hidden, last, nn.Dropout(ffn_drop))
+
+    def weights(self, norm: nn.Module) -> MlpWeights:
+        """Return the parameters, with those of the norm before, for a fused kernel.
+
+        Raises:
+            ValueError: If there are more than two linear layers, or the norm or the activation is
+                none that the kernel knows.
+        """
+        *hidden, last, _ = self.layers
+        if len(hidden) > 1:
+            raise ValueError(f'num_fcs must be 2 for fused kernels, got {len(hidden) + 1}')
+        fc, act, _ = hidden[0]
+        return mlp_weights(norm, fc, act, last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (..., C) to their update (..., C)."""

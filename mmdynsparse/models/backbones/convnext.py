@@ -19,7 +19,7 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_init
 from torch import Tensor, nn
 
-from ...layers import LayerNorm2d, Linear, linear_act
+from ...layers import LayerNorm2d, Linear, fused_paths, linear_act, mlp_weights
 from ...ops import Decision, two_paths
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained
@@ -83,26 +83,27 @@ class ConvNeXtBlock(BaseModule):
         self.fast_path = build_part(fast_path, channels) if fast_path else None
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, decision: Decision | None, gather: bool) -> Tensor:
+    def forward(self, x: Tensor, decision: Decision | None, execution: str) -> Tensor:
         """Return the block's output for maps (B, C, H, W); without a decision it is dense."""
         if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, decision, gather, use_reentrant=False)
-        return self._forward(x, decision, gather)
+            return cp.checkpoint(self._forward, x, decision, execution, use_reentrant=False)
+        return self._forward(x, decision, execution)
 
-    def _forward(self, x: Tensor, decision: Decision | None, gather: bool) -> Tensor:
+    def _forward(self, x: Tensor, decision: Decision | None, execution: str) -> Tensor:
         mixed_BHWC = self.depthwise_conv(x).permute(0, 2, 3, 1)
         if decision is None or (decision.keeps_all and not self.training):
             return x + self.drop_path(self._slow_path(mixed_BHWC).permute(0, 3, 1, 2))
         tokens_BNC = x.permute(0, 2, 3, 1).flatten(1, 2)
-        out_BNC = two_paths(
-            mixed_BHWC.flatten(1, 2),
-            tokens_BNC,
-            self._slow_path,
-            self.fast_path,
-            decision,
-            gather,
-            self.drop_path,
-        )
+        mixed_BNC = mixed_BHWC.flatten(1, 2)
+        if execution == 'triton':
+            slow = mlp_weights(
+                self.norm, self.pointwise_conv1, self.act, self.pointwise_conv2, self.gamma
+            )
+            out_BNC = fused_paths(mixed_BNC, tokens_BNC, slow, self.fast_path, decision)
+        else:
+            gather = execution == 'gather'
+            paths = (self._slow_path, self.fast_path)
+            out_BNC = two_paths(mixed_BNC, tokens_BNC, *paths, decision, gather, self.drop_path)
         return out_BNC.view(mixed_BHWC.shape).permute(0, 3, 1, 2)
 
     def _slow_path(self, x: Tensor) -> Tensor:
@@ -226,12 +227,12 @@ class SparseConvNeXt(SparseBackbone):
 
     def _stage(self, x: Tensor, i: int, predictors: Iterator[nn.Module]) -> Tensor:
         decision = None
-        gather = self.gathers(self.stages[i].training)
+        execution = self.execution_in(self.stages[i].training)
         for j, block in enumerate(self.stages[i]):
             if j in self.stage_locations(i):
                 tokens_BNC = x.permute(0, 2, 3, 1).flatten(1, 2)
                 decision = self.decide(tokens_BNC, tuple(x.shape[2:]), next(predictors))
-            x = block(x, decision, gather)
+            x = block(x, decision, execution)
         return x
 
     def _output(self, x: Tensor, norm: nn.Module) -> Tensor:

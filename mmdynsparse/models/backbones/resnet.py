@@ -13,16 +13,13 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-import torch.utils.checkpoint as cp
 from mmcv.cnn import build_norm_layer
-from mmengine.model import BaseModule
 from mmengine.model.weight_init import constant_init, kaiming_init
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...layers import conv_norm
 from ...ops import (
-    CellRows,
     Decision,
     cell_grid,
     cell_mask,
@@ -31,12 +28,11 @@ from ...ops import (
     cell_table,
     region,
     table_map,
-    take_tiles,
-    tile_rows,
     with_positions,
 )
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained
+from .resnet_blocks import BasicBlock, Bottleneck, Cells, ResidualBlock
 from .sparse_backbone import (
     SparseBackbone,
     build_part,
@@ -48,222 +44,6 @@ from .sparse_backbone import (
 
 # Share of kept cells above which computing everything and masking is as fast (benchmarks/).
 BREAK_EVEN = 0.8
-
-
-class ResidualBlock(BaseModule):
-    """What basic blocks and bottlenecks share: identity, mask, fast path.
-
-    A block that changes the size of the map, or its channels, projects the identity and is always
-    dense.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels C of the output.
-        stride: Of the block.
-        avg_down: Whether the projection strides by average pooling.
-        norm_cfg: Normalization.
-        with_cp: Whether activations are recomputed in the backward pass.
-        fast_path: Config of the fast path, or None: dropped positions stay as they are.
-    """
-
-    expansion: ClassVar[int]
-    halo: int
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        avg_down: bool,
-        norm_cfg: dict,
-        with_cp: bool,
-        fast_path: dict | None,
-    ) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
-        if stride != 1 or in_channels != out_channels:
-            pool = [nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)]
-            conv_stride = 1 if avg_down else stride
-            self.downsample = nn.Sequential(
-                *(pool if avg_down else ()),
-                nn.Conv2d(in_channels, out_channels, 1, conv_stride, bias=False),
-                build_norm_layer(norm_cfg, out_channels)[1],
-            )
-        self.with_cp = with_cp
-        self.fast_path = build_part(fast_path, out_channels) if fast_path else None
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the block's output (B, C, H', W').
-
-        Args:
-            x: Map (B, C_in, H, W).
-            mask: (B, 1, H, W), 1 where the branch applies and 0 where the fast path does.
-                Defaults to None, the branch everywhere.
-        """
-        if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, mask, use_reentrant=False)
-        return self._forward(x, mask)
-
-    def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        out = self._branch(x)
-        if mask is not None:
-            mask = mask.to(out.dtype)
-            out = out * mask
-            if self.fast_path is not None:
-                fast = self.fast_path(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-                out = out + fast * (1 - mask)
-        out += self._identity(x)
-        return self.relu(out)
-
-    def update_cells(self, table: Tensor, kept: CellRows, dropped: Tensor, size: int) -> None:
-        """Apply the block to a table of rows (see ``ops.cells``), in place.
-
-        Args:
-            table: (P + 2, C), from ``cell_table``.
-            kept: Rows of the kept cells, with this block's halo.
-            dropped: Rows of the dropped cells; used by the fast path.
-            size: Side of a cell, in positions.
-        """
-        # Both paths read the table before either writes to it.
-        slow = None
-        if len(kept.inner) > 0:
-            with region('slow path'):
-                slow = self._branch_in_cells(table, kept, size)
-            with region('gather'):
-                slow += table.index_select(0, kept.inner)
-        if self.fast_path is not None:
-            with region('gather'):
-                x = table.index_select(0, dropped)
-            with region('fast path'):
-                fast = self.relu(self.fast_path(x) + x)
-            with region('scatter'):
-                table.index_copy_(0, dropped, fast)
-        if slow is not None:
-            with region('scatter'):
-                table.index_copy_(0, kept.inner, self.relu(slow))
-
-    def _identity(self, x: Tensor) -> Tensor:
-        if self.downsample is None:
-            return x
-        *pool, conv, norm = self.downsample
-        for layer in pool:
-            x = layer(x)
-        return conv_norm(x, conv, norm)
-
-    def _branch(self, x: Tensor) -> Tensor:
-        """Return the residual (B, C, H', W') of a map."""
-        raise NotImplementedError
-
-    def _branch_in_cells(self, table: Tensor, kept: CellRows, size: int) -> Tensor:
-        """Return the residual of the kept cells' positions, (K * g * g, C)."""
-        raise NotImplementedError
-
-
-class BasicBlock(ResidualBlock):
-    """Two 3 x 3 convolutions (He et al., fig. 5 left).
-
-    Args:
-        in_channels: Channels of the input.
-        planes: Channels of the convolutions.
-        stride: Of the first convolution.
-        dilation: Of the first convolution.
-        style: Not used, see :class:`Bottleneck`.
-        norm_cfg: Normalization.
-        **kwargs: Further arguments of :class:`ResidualBlock`.
-    """
-
-    expansion = 1
-
-    def __init__(
-        self,
-        in_channels: int,
-        planes: int,
-        stride: int,
-        dilation: int,
-        style: str,
-        norm_cfg: dict,
-        **kwargs,
-    ) -> None:
-        super().__init__(in_channels, planes, stride, norm_cfg=norm_cfg, **kwargs)
-        self.halo = dilation + 1
-        self.conv1 = nn.Conv2d(
-            in_channels, planes, 3, stride, padding=dilation, dilation=dilation, bias=False
-        )
-        self.bn1 = build_norm_layer(norm_cfg, planes)[1]
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = build_norm_layer(norm_cfg, planes)[1]
-
-    def _branch(self, x: Tensor) -> Tensor:
-        x = self.relu(conv_norm(x, self.conv1, self.bn1))
-        return conv_norm(x, self.conv2, self.bn2)
-
-    def _branch_in_cells(self, table: Tensor, kept: CellRows, size: int) -> Tensor:
-        with region('gather'):
-            x = take_tiles(table, kept.tile, size + 2 * self.halo)
-        x = self.relu(conv_norm(x, self.conv1, self.bn1, padding=0))
-        # The second convolution is padded with zeros, not with what the first gives there.
-        inside = kept.tile.view(-1, 1, size + 2 * self.halo, size + 2 * self.halo) < len(table) - 2
-        margin = self.halo - 1
-        x = x * inside[:, :, margin:-margin, margin:-margin].to(x.dtype)
-        return tile_rows(conv_norm(x, self.conv2, self.bn2, padding=0))
-
-
-class Bottleneck(ResidualBlock):
-    """1 x 1, 3 x 3 and 1 x 1 convolution (He et al., fig. 5 right).
-
-    Args:
-        in_channels: Channels of the input.
-        planes: Channels of the first two convolutions; the output has four times as many.
-        stride: Of the second convolution in style 'pytorch', of the first in style 'caffe'.
-        dilation: Of the second convolution.
-        style: 'pytorch' or 'caffe'.
-        norm_cfg: Normalization.
-        **kwargs: Further arguments of :class:`ResidualBlock`.
-    """
-
-    expansion = 4
-
-    def __init__(
-        self,
-        in_channels: int,
-        planes: int,
-        stride: int,
-        dilation: int,
-        style: str,
-        norm_cfg: dict,
-        **kwargs,
-    ) -> None:
-        super().__init__(in_channels, 4 * planes, stride, norm_cfg=norm_cfg, **kwargs)
-        self.halo = dilation
-        stride1, stride2 = (1, stride) if style == 'pytorch' else (stride, 1)
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, stride1, bias=False)
-        self.bn1 = build_norm_layer(norm_cfg, planes)[1]
-        self.conv2 = nn.Conv2d(
-            planes, planes, 3, stride2, padding=dilation, dilation=dilation, bias=False
-        )
-        self.bn2 = build_norm_layer(norm_cfg, planes)[1]
-        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
-        self.bn3 = build_norm_layer(norm_cfg, 4 * planes)[1]
-
-    def _branch(self, x: Tensor) -> Tensor:
-        x = self.relu(conv_norm(x, self.conv1, self.bn1))
-        x = self.relu(conv_norm(x, self.conv2, self.bn2))
-        return conv_norm(x, self.conv3, self.bn3)
-
-    def _branch_in_cells(self, table: Tensor, kept: CellRows, size: int) -> Tensor:
-        with region('gather'):
-            # As one image of R x 1 positions: R images of one position are several times slower.
-            near = table.index_select(0, kept.near).view(1, -1, 1, table.shape[1])
-        near = conv_norm(near.permute(0, 3, 1, 2), self.conv1, self.bn1)
-        near = tile_rows(self.relu(near))
-        with region('gather'):
-            # One more row, of zeros, for the padding of the 3 x 3 convolution.
-            near = nn.functional.pad(near, (0, 0, 0, 1))
-            x = take_tiles(near, kept.tile_of_near, size + 2 * self.halo)
-        x = self.relu(conv_norm(x, self.conv2, self.bn2, padding=0))
-        return tile_rows(conv_norm(x, self.conv3, self.bn3))
-
 
 ARCHS = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -470,8 +250,8 @@ class SparseResNet(SparseBackbone):
             hw = tuple(x.shape[2:])
             cells_BNC = cell_means(x, self.cell_size[i])
             decision = self.decide(cells_BNC, cell_grid(hw, self.cell_size[i]), next(predictors))
-            gather = self.gathers(self.stages[i].training)
-            x = _sparse_blocks(x, blocks[start:end], decision, self.cell_size[i], gather)
+            execution = self.execution_in(self.stages[i].training)
+            x = _sparse_blocks(x, blocks[start:end], decision, self.cell_size[i], execution)
         return x
 
     def train(self, mode: bool = True) -> 'SparseResNet':
@@ -543,15 +323,17 @@ class SparseResNetV1d(SparseResNet):
 
 
 def _sparse_blocks(
-    x: Tensor, blocks: Sequence[ResidualBlock], decision: Decision, size: int, gather: bool
+    x: Tensor, blocks: Sequence[ResidualBlock], decision: Decision, size: int, execution: str
 ) -> Tensor:
     """Run the blocks that share a decision."""
-    if gather and decision.kept is None and not decision.keeps_all:
-        decision = with_positions(decision)
-    if gather and decision.kept is not None and _pays_off(decision):
-        return _in_cells(x, blocks, decision, size)
+    sparse = not decision.keeps_all
+    if execution != 'masked' and sparse:
+        if decision.kept is None:
+            decision = with_positions(decision)
+        if _pays_off(decision):
+            return _in_cells(x, blocks, decision, size, fused=execution == 'triton')
     mask = None
-    if not decision.keeps_all or blocks[0].training:
+    if sparse or execution == 'masked':
         mask = cell_mask(decision.mask, tuple(x.shape[2:]), size)
     for block in blocks:
         x = block(x, mask)
@@ -562,7 +344,9 @@ def _pays_off(decision: Decision) -> bool:
     return len(decision.kept) <= BREAK_EVEN * decision.mask.numel()
 
 
-def _in_cells(x: Tensor, blocks: Sequence[ResidualBlock], decision: Decision, size: int) -> Tensor:
+def _in_cells(
+    x: Tensor, blocks: Sequence[ResidualBlock], decision: Decision, size: int, fused: bool
+) -> Tensor:
     """Run blocks in the kept cells of a map, on a copy that they update in place."""
     batch, hw = len(x), tuple(x.shape[2:])
     with region('gather'):
@@ -573,7 +357,8 @@ def _in_cells(x: Tensor, blocks: Sequence[ResidualBlock], decision: Decision, si
         if block.halo not in kept:
             with region('gather'):
                 kept[block.halo] = cell_rows(decision.kept, batch, hw, size, block.halo)
-        block.update_cells(table, kept[block.halo], dropped, size)
+        cells = Cells(decision.kept, kept[block.halo], dropped, size, batch, hw, fused)
+        block.update_cells(table, cells)
     return table_map(table, batch, hw)
 
 

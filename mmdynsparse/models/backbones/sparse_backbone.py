@@ -15,7 +15,7 @@ from ...ops import Decision, keep_all, region, sample_decision, select_decision
 from ...registry import MODELS
 from ..sparsity import Sparsity
 
-EXECUTIONS = ('gather', 'masked')
+EXECUTIONS = ('gather', 'triton', 'masked')
 
 
 class SparseBackbone(BaseModule):
@@ -25,8 +25,10 @@ class SparseBackbone(BaseModule):
         keep_ratios: Target keep ratio of each predictor; change them by ``set_keep_ratio``.
         decisions: Decisions of the last forward, in the order of the predictors.
         execution: How a model in eval mode is executed: 'gather' (the default) computes each path
-            on its own locations, 'masked' both everywhere and combines them by the mask. In
-            training it is always masked, which lets the predictors learn from the task.
+            on its own locations, 'triton' does so in fused kernels for CUDA (see ``ops.kernels``;
+            not for vision transformers, which have no paths to fuse), 'masked' computes both
+            everywhere and combines them by the mask. In training it is always masked, which lets
+            the predictors learn from the task.
         temperature: Of the Gumbel-softmax by which training samples, > 0; 1 unless changed.
         has_ratio_loss: Whether something trains the predictors towards the keep ratios; set by
             ``SparsityHook``. A sparse backbone that trains without it warns once.
@@ -40,6 +42,8 @@ class SparseBackbone(BaseModule):
 
     # Type that a config names for the dense original of a family.
     original: ClassVar[str]
+    # What ``execution`` may be.
+    executions: ClassVar[tuple[str, ...]] = EXECUTIONS
     # Parts of ``sparsity`` that differ from the general defaults in this family.
     default_parts: ClassVar[Mapping] = {}
 
@@ -62,13 +66,13 @@ class SparseBackbone(BaseModule):
 
     @property
     def execution(self) -> str:
-        """How sparse blocks are executed in eval mode, one of ``EXECUTIONS``."""
+        """How sparse blocks are executed in eval mode, one of ``executions``."""
         return self._execution
 
     @execution.setter
     def execution(self, value: str) -> None:
-        if value not in EXECUTIONS:
-            raise ValueError(f'execution must be one of {EXECUTIONS}, got {value!r}')
+        if value not in self.executions:
+            raise ValueError(f'execution must be one of {self.executions}, got {value!r}')
         self._execution = value
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
@@ -102,16 +106,16 @@ class SparseBackbone(BaseModule):
         elif ratio >= 1:
             decision = keep_all(x_BNC, hw)
         else:
-            gather = self.execution == 'gather'
+            gather = self.execution != 'masked'
             with region('predictor'):
                 log_probs = predictor(x_BNC)
             decision = select_decision(log_probs, hw, ratio, self.sparsity.selector, gather)
         self.decisions.append(decision)
         return decision
 
-    def gathers(self, training: bool) -> bool:
-        """Return whether blocks in training or eval mode run gathered."""
-        return not training and self.execution == 'gather'
+    def execution_in(self, training: bool) -> str:
+        """Return how blocks in training or eval mode are executed."""
+        return 'masked' if training else self.execution
 
     def start_decisions(self) -> None:
         """Forget the decisions of the last forward; call it at the start of each."""

@@ -19,7 +19,7 @@ from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_norma
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA
+from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA, fused_paths
 from ...ops import Decision, two_paths
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained, resize_bias_table, resize_pos_embed
@@ -91,21 +91,25 @@ class SwinBlock(BaseModule):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
-        self, x: Tensor, hw: tuple[int, int], decision: Decision | None, gather: bool
+        self, x: Tensor, hw: tuple[int, int], decision: Decision | None, execution: str
     ) -> Tensor:
         """Return the block's output for tokens (B, N, C); without a decision it is dense."""
         if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, hw, decision, gather, use_reentrant=False)
-        return self._forward(x, hw, decision, gather)
+            return cp.checkpoint(self._forward, x, hw, decision, execution, use_reentrant=False)
+        return self._forward(x, hw, decision, execution)
 
     def _forward(
-        self, x: Tensor, hw: tuple[int, int], decision: Decision | None, gather: bool
+        self, x: Tensor, hw: tuple[int, int], decision: Decision | None, execution: str
     ) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), hw))
         # In training the mask and the fast path take part even at keep ratio 1: no parameter is
         # without a gradient, and the mask of ones gives the slow path's value exactly.
         if decision is None or (decision.keeps_all and not self.training):
             return x + self.drop_path(self._slow_path(x))
+        if execution == 'triton':
+            slow = self.ffn.weights(self.norm2)
+            return fused_paths(x, x, slow, self.fast_path, decision)
+        gather = execution == 'gather'
         return two_paths(x, x, self._slow_path, self.fast_path, decision, gather, self.drop_path)
 
     def _slow_path(self, x: Tensor) -> Tensor:
@@ -153,14 +157,14 @@ class SwinStage(BaseModule):
         self.predictors = ModuleList(build_part(predictor, embed_dims) for _ in locations)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, hw: tuple[int, int], decide: Decide, gather: bool) -> Tensor:
+    def forward(self, x: Tensor, hw: tuple[int, int], decide: Decide, execution: str) -> Tensor:
         """Return the output, before merging, for tokens (B, N, C)."""
         decision = None
         predictors = iter(self.predictors)
         for i, block in enumerate(self.blocks):
             if i in self.locations:
                 decision = decide(x, hw, next(predictors))
-            x = block(x, hw, decision, gather)
+            x = block(x, hw, decision, execution)
         return x
 
 
@@ -297,7 +301,7 @@ class SparseSwinTransformer(SparseBackbone):
         outs = []
         for i in range(max(self.out_indices) + 1):
             stage = self.stages[i]
-            x = stage(x, hw, self.decide, self.gathers(stage.training))
+            x = stage(x, hw, self.decide, self.execution_in(stage.training))
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(x)
                 outs.append(out.unflatten(1, hw).permute(0, 3, 1, 2).contiguous())

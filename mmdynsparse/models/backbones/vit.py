@@ -155,6 +155,7 @@ class SparseVisionTransformer(SparseBackbone):
     """
 
     original: ClassVar[str] = 'VisionTransformer'
+    executions = ('gather', 'masked')
 
     def __init__(
         self,
@@ -265,7 +266,7 @@ class SparseVisionTransformer(SparseBackbone):
         whole, hw = self._embed(x)
         outs = [self._output(whole, hw)] if self.out_origin else []
         locations = self.stage_locations(0)
-        gather = self.gathers(self.training)
+        gather = self.execution_in(self.training) == 'gather'
         tokens, subset, policy = whole, None, None
         for i in range(max(self.out_indices) + 1):
             if i in locations:

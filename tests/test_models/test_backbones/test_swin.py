@@ -169,7 +169,7 @@ def test_dense_model_has_no_keep_ratio(tiny_swin):
 
 
 def test_execution_is_checked(tiny_swin):
-    with pytest.raises(ValueError, match=r"one of \('gather', 'masked'\), got 'sparse'"):
+    with pytest.raises(ValueError, match=r"one of \('gather', 'triton', 'masked'\), got 'sparse'"):
         SparseSwinTransformer(**tiny_swin).execution = 'sparse'
 
 
