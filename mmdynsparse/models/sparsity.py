@@ -54,8 +54,8 @@ class Sparsity:
         if 'keep_ratio' not in cfg:
             raise ValueError(f'sparsity needs keep_ratio, in (0, 1], got only {sorted(cfg)}')
         self = cls(**cfg)
-        _check_choice('sparsity.schedule', self.schedule, SCHEDULES)
-        _check_choice('sparsity.selector', self.selector, SELECTORS)
+        check_choice('sparsity.schedule', self.schedule, SCHEDULES)
+        check_choice('sparsity.selector', self.selector, SELECTORS)
         locations = default_locations(depths) if self.locations is None else self.locations
         locations = {int(stage): tuple(blocks) for stage, blocks in locations.items()}
         _check_locations(locations, depths)
@@ -71,7 +71,7 @@ class Sparsity:
         """
         counts = [len(blocks) for blocks in self.locations.values()]
         if not isinstance(keep_ratio, list | tuple):
-            _check_ratio('keep_ratio', keep_ratio)
+            check_ratio('keep_ratio', keep_ratio)
             if keep_ratio == 1:
                 return [1.0] * sum(counts)
             step = SCHEDULES[self.schedule]
@@ -85,7 +85,7 @@ class Sparsity:
                     f'each predictor, got {len(ratios)} values: {ratios}'
                 )
         for i, ratio in enumerate(ratios):
-            _check_ratio(f'keep_ratio of predictor {i}', ratio, hint)
+            check_ratio(f'keep_ratio of predictor {i}', ratio, hint)
         return [float(r) for r in ratios]
 
 
@@ -97,12 +97,14 @@ def default_locations(depths: Sequence[int]) -> dict[int, tuple[int, ...]]:
     return {stage: blocks or (0,)}
 
 
-def _check_choice(name: str, value: str, allowed: Mapping) -> None:
+def check_choice(name: str, value: str, allowed: Mapping) -> None:
+    """Raise a ValueError if a value is none of those allowed."""
     if value not in allowed:
         raise ValueError(f'{name} must be one of {tuple(allowed)}, got {value!r}')
 
 
-def _check_ratio(name: str, value: float, hint: str = '') -> None:
+def check_ratio(name: str, value: float, hint: str = '') -> None:
+    """Raise a ValueError if a keep ratio is not a number in (0, 1]."""
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
         raise ValueError(f'{name} must be a number in (0, 1], got {value!r}{hint}')
 

@@ -13,6 +13,7 @@ from .cells import (
 )
 from .linear import linear
 from .regions import REGIONS, region
+from .resize import enlarge_rows
 from .select import (
     SELECTORS,
     Decision,
@@ -38,6 +39,7 @@ __all__ = [
     'cell_means',
     'cell_rows',
     'cell_table',
+    'enlarge_rows',
     'head_rows',
     'keep_all',
     'linear',

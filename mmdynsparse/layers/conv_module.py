@@ -1,0 +1,81 @@
+"""mmcv's ConvModule (convolution, norm, activation) on tiles, and with running statistics."""
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .conv_norm import conv_norm
+
+
+def conv_module(
+    module: ConvModule, x: Tensor, padding: int | None = None, light: bool = False
+) -> Tensor:
+    """Apply a ConvModule.
+
+    Args:
+        module: With a plain convolution; its norm, if it has one, is a batch norm.
+        x: (B, C_in, H, W).
+        padding: Replaces that of the convolution; tiles with a halo take 0. Defaults to None.
+        light: As of :func:`norm_act`.
+
+    Returns:
+        (B, C_out, H', W')
+    """
+    conv = module.conv
+    if module.with_norm and conv.bias is None and not module.norm.training:
+        return _act(module, conv_norm(x, conv, module.norm, padding))
+    padding = conv.padding if padding is None else padding
+    x = F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation)
+    return norm_act(module, x, light)
+
+
+def norm_act(module: ConvModule, x: Tensor, light: bool = False) -> Tensor:
+    """Apply the norm and the activation of a ConvModule to the output of its convolution.
+
+    Args:
+        module: As of :func:`conv_module`.
+        x: (B, C, H, W).
+        light: Whether x is a light path's, seldom what inference needs: in training it is
+            normalized by the running statistics, as at inference, and does not change them.
+            Defaults to False.
+    """
+    if module.with_norm:
+        norm = module.norm
+        if light and norm.training:
+            statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            x = F.batch_norm(x, *statistics, training=False, eps=norm.eps)
+        else:
+            x = norm(x)
+    return _act(module, x)
+
+
+def check_conv_modules(parent: nn.Module, names: str) -> None:
+    """Check that every ConvModule in a module can run on tiles.
+
+    Args:
+        parent: The module.
+        names: Of the arguments to blame.
+
+    Raises:
+        ValueError: If a convolution is not a plain one, or a norm is not a batch norm.
+    """
+    for module in parent.modules():
+        if not isinstance(module, ConvModule):
+            continue
+        norm = module.norm if module.with_norm else None
+        plain = type(module.conv) is nn.Conv2d and not module.with_explicit_padding
+        if not plain or not (norm is None or isinstance(norm, _BatchNorm)):
+            raise ValueError(
+                f'{names} must be a plain convolution and a batch norm or None in a sparse part, '
+                f'got {type(module.conv).__name__} and {type(norm).__name__}'
+            )
+
+
+def _act(module: ConvModule, x: Tensor) -> Tensor:
+    if not module.with_activation:
+        return x
+    if isinstance(module.activate, nn.ReLU) and not torch.is_grad_enabled():
+        return x.relu_()  # x is new here, and another map of its size costs page faults
+    return module.activate(x)

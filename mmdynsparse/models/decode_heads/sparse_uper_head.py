@@ -1,0 +1,299 @@
+"""UPerHead whose convolutions run at the resolution and in the cells where they matter.
+
+Source: Xiao et al., *Unified Perceptual Parsing* (arXiv 1807.10221), as ``UPerHead`` of
+mmsegmentation 1.x, whose arguments and state-dict names it has. What is sparse is our own, after
+Rao et al. (T-PAMI 2023, arXiv 2207.01580). Dimension letters: B images, C channels, H x W the
+finest map (stride 4), h x w the next one (stride 8), K kept cells of g x g positions, R rows.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from mmseg.models.decode_heads import UPerHead
+from torch import Tensor
+
+from ...layers.conv_module import check_conv_modules, conv_module, norm_act
+from ...ops import (
+    CellRows,
+    Decision,
+    cell_grid,
+    cell_mask,
+    cell_means,
+    cell_rows,
+    cell_table,
+    enlarge_rows,
+    region,
+    table_map,
+    take_tiles,
+    tile_rows,
+    with_positions,
+)
+from ...registry import MODELS
+from ..decider import CellSparsity, Decider
+
+
+class Coarse(NamedTuple):
+    """What the head computes everywhere at stride 8.
+
+    Attributes:
+        lateral: (B, C, h, w), the top-down path's sum of the second level.
+        fine_in: (B, C, h, w), the first level's output where its cell is not kept.
+        outs: Outputs of the levels from the second on.
+        rest: (B, C, h, w), the fusion convolution's sum over those levels.
+        logits: (B, classes, h, w)
+        features: (B, C, h, w), what they are classified from.
+    """
+
+    lateral: Tensor
+    fine_in: Tensor
+    outs: list[Tensor]
+    rest: Tensor
+    logits: Tensor
+    features: Tensor
+
+
+@MODELS.register_module()
+class SparseUPerHead(UPerHead):
+    """UPerHead with two levers.
+
+    *Resolution.* The fusion convolution over the concatenated levels is a sum of convolutions,
+    one for each level. Those of the enlarged levels are computed at their own resolution and
+    their results are enlarged. It needs no weights and no training.
+
+    *Location.* The convolutions at stride 4 (those of the first level and its share of the
+    fusion) run in kept cells. Elsewhere the head predicts at stride 8, from the first level at
+    half its resolution, and the logits are enlarged. Which cells are kept is decided from that
+    coarse prediction, which is there for the whole map: those with the highest entropy, without
+    training, or those that a predictor chooses.
+
+    Args:
+        sparsity: None for the dense head, or a dict: ``resolution``, whether the first lever is
+            used (True by default), and the arguments of
+            :class:`~mmdynsparse.models.decider.CellSparsity`, which turn on the second one if
+            ``keep_ratio`` is among them; without ``predictor`` the entropy decides. Defaults to
+            None.
+        **kwargs: Arguments of mmseg's ``UPerHead``.
+
+    Raises:
+        ValueError: If ``sparsity`` is not valid, or the second lever meets a norm that is no
+            batch norm.
+    """
+
+    original: ClassVar[str] = 'UPerHead'
+
+    def __init__(self, sparsity: Mapping | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        options = dict(sparsity or {})
+        self.resolution = options.pop('resolution', sparsity is not None)
+        if not isinstance(self.resolution, bool):
+            raise ValueError(f'sparsity.resolution must be True or False, got {self.resolution!r}')
+        if sparsity is not None:
+            check_conv_modules(self, 'conv_cfg and norm_cfg')
+        self.decider = None
+        if options:
+            cells = CellSparsity.from_cfg(options)
+            self.cell_size = cells.cell_size
+            self.decider = Decider(cells, self.channels)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the logits (B, classes, H, W) of feature maps (B, C_i, H_i, W_i)."""
+        if not self.resolution and self.decider is None:
+            return super().forward(inputs)
+        maps = [self._in_memory(x) for x in self._transform_inputs(inputs)]
+        laterals = self._laterals(maps)
+        if self.decider is None or self.decider.keeps_all:
+            return self.cls_seg(self._fuse(maps[0], laterals))
+        _check_sizes(maps)
+        coarse = self._coarse(maps[0], laterals)
+        decision = self._decide(coarse, tuple(maps[0].shape[2:]))
+        if self.decider.gathers:
+            return self._in_cells(maps[0], coarse, decision)
+        return self._masked(maps[0], coarse, decision)
+
+    def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the features (B, C, H, W) of every location, without the second lever."""
+        if not self.resolution:
+            return super()._forward_feature(inputs)
+        maps = [self._in_memory(x) for x in self._transform_inputs(inputs)]
+        return self._fuse(maps[0], self._laterals(maps))
+
+    def _in_memory(self, x: Tensor) -> Tensor:
+        return x if self.training else x.contiguous(memory_format=torch.channels_last)
+
+    def _laterals(self, maps: list[Tensor]) -> list[Tensor]:
+        """Top-down path from the last level to the second one, which comes first."""
+        laterals = [self.psp_forward(maps)]
+        for x, conv in zip(maps[-2:0:-1], self.lateral_convs[:0:-1], strict=True):
+            x = conv_module(conv, x)
+            laterals.insert(0, x + self._enlarge(laterals[0], x))
+        return laterals
+
+    def _fuse(self, x: Tensor, laterals: list[Tensor]) -> Tensor:
+        """Return the fused features of every location at stride 4."""
+        first = conv_module(self.lateral_convs[0], x)
+        first = conv_module(self.fpn_convs[0], first + self._enlarge(laterals[0], first))
+        outs = self._outs(laterals)
+        if not self.resolution:
+            outs = [self._enlarge(out, first) for out in outs]
+            return self.fpn_bottleneck(torch.cat([first, *outs], dim=1))
+        return self._finish(self._share(0, first) + self._enlarge(self._rest(outs), first))
+
+    def _outs(self, laterals: list[Tensor]) -> list[Tensor]:
+        convs = self.fpn_convs[1:]
+        pairs = zip(convs, laterals[:-1], strict=True)
+        return [conv_module(conv, x) for conv, x in pairs] + laterals[-1:]
+
+    def _rest(self, outs: list[Tensor]) -> Tensor:
+        """Sum of the fusion convolution over all levels but the first, each at its resolution."""
+        total = self._share(len(outs), outs[-1])
+        for level in range(len(outs) - 1, 0, -1):
+            share = self._share(level, outs[level - 1])
+            total = share + self._enlarge(total, share)
+        return total
+
+    def _share(self, level: int, x: Tensor, padding: int = 1) -> Tensor:
+        """Apply the fusion convolution's weights for one level, without its bias."""
+        weight = self.fpn_bottleneck.conv.weight.narrow(1, level * self.channels, self.channels)
+        return F.conv2d(x, weight, None, padding=padding)
+
+    def _finish(self, x: Tensor, light: bool = False) -> Tensor:
+        """Apply what follows the fusion convolution's sum: bias, norm, activation."""
+        fusion = self.fpn_bottleneck
+        if fusion.conv.bias is not None:
+            x = x + fusion.conv.bias.view(-1, 1, 1)
+        return norm_act(fusion, x, light)
+
+    def _enlarge(self, x: Tensor, like: Tensor) -> Tensor:
+        if x.shape[2:] == like.shape[2:]:
+            return x
+        return F.interpolate(
+            x, size=like.shape[2:], mode='bilinear', align_corners=self.align_corners
+        )
+
+    def _coarse(self, x: Tensor, laterals: list[Tensor]) -> Coarse:
+        """Predict at stride 8: the light path, and the input of the decision."""
+        hw = laterals[0].shape[2:]
+        first = conv_module(self.lateral_convs[0], F.adaptive_avg_pool2d(x, hw), light=True)
+        first = conv_module(self.fpn_convs[0], first + laterals[0], light=True)
+        outs = self._outs(laterals)
+        rest = self._rest(outs)
+        features = self._finish(self._share(0, first) + rest, light=True)
+        return Coarse(laterals[0], first, outs, rest, self.cls_seg(features), features)
+
+    def _decide(self, coarse: Coarse, hw: tuple[int, int]) -> Decision:
+        grid = cell_grid(hw, self.cell_size)
+        if self.decider.predictor is None:
+            return self.decider(self._cells(_entropy(coarse.logits), grid).log(), grid)
+        return self.decider(self._cells(coarse.features, grid), grid)
+
+    def _cells(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mean of each cell over a map at stride 8, (B, N, C)."""
+        small = cell_grid(tuple(x.shape[2:]), self.cell_size // 2)
+        means = cell_means(x, self.cell_size // 2)
+        if small == grid:
+            return means
+        # A map of odd height or width, halved and rounded down, may lack the last cells.
+        means = means.transpose(1, 2).unflatten(2, small)
+        edge = (0, grid[1] - small[1], 0, grid[0] - small[0])
+        return F.pad(means, edge, mode='replicate').flatten(2).transpose(1, 2)
+
+    def _masked(self, x: Tensor, coarse: Coarse, decision: Decision) -> Tensor:
+        """Compute both paths everywhere and combine them by the mask."""
+        mask = cell_mask(decision.mask, tuple(x.shape[2:]), self.cell_size).to(x.dtype)
+        first = conv_module(self.lateral_convs[0], x)
+        first = conv_module(self.fpn_convs[0], first + self._enlarge(coarse.lateral, x))
+        first = first * mask + self._enlarge(coarse.fine_in, x) * (1 - mask)
+        if self.resolution:
+            features = self._finish(self._share(0, first) + self._enlarge(coarse.rest, x))
+        else:
+            outs = [self._enlarge(out, x) for out in coarse.outs]
+            features = self.fpn_bottleneck(torch.cat([first, *outs], dim=1))
+        return self.cls_seg(features) * mask + self._enlarge(coarse.logits, x) * (1 - mask)
+
+    def _in_cells(self, x: Tensor, coarse: Coarse, decision: Decision) -> Tensor:
+        """Compute the fine path in the kept cells alone."""
+        logits = self._enlarge(coarse.logits, x)
+        if decision.kept is None:
+            decision = with_positions(decision)
+        if len(decision.kept) == 0:
+            return logits
+        batch, hw = len(x), tuple(x.shape[2:])
+        with region('gather'):
+            rows = cell_rows(decision.kept, batch, hw, self.cell_size, halo=1)
+            table = cell_table(logits)
+        with region('slow path'):
+            first = self._first_in_cells(x, coarse, rows)
+            features = self._fuse_in_cells(first, coarse, rows, hw)
+            kept = tile_rows(self.cls_seg(features))
+        with region('scatter'):
+            table.index_copy_(0, rows.inner, kept)
+        return table_map(table, batch, hw)
+
+    def _first_in_cells(self, x: Tensor, coarse: Coarse, rows: CellRows) -> Tensor:
+        """Return a table of the first level's outputs, filled where ``rows.tile`` reads it."""
+        hw, size = tuple(x.shape[2:]), x.shape[0] * x.shape[2] * x.shape[3]
+        with region('gather'):
+            near = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).index_select(0, rows.near)
+        # As one image of R x 1 positions: R images of one position are several times slower.
+        near = conv_module(self.lateral_convs[0], near.t().unsqueeze(0).unsqueeze(-1))
+        near = tile_rows(near) + self._rows(coarse.lateral, rows.near, hw)
+        tiles = self._tiles(_table(near, rows.near, size), rows)
+        kept = tile_rows(conv_module(self.fpn_convs[0], tiles, padding=0))
+        first = _table(self._rows(coarse.fine_in, rows.near, hw), rows.near, size)
+        first.index_copy_(0, rows.inner, kept)
+        return first
+
+    def _fuse_in_cells(
+        self, first: Tensor, coarse: Coarse, rows: CellRows, hw: tuple[int, int]
+    ) -> Tensor:
+        """Return the fused features of the kept cells, (K, C, g, g)."""
+        total = self._share(0, self._tiles(first, rows), padding=0)
+        if self.resolution:
+            rest = self._rows(coarse.rest, rows.inner, hw)
+            rest = rest.view(len(total), self.cell_size, self.cell_size, -1)
+            return self._finish(total + rest.permute(0, 3, 1, 2))
+        for level, out in enumerate(coarse.outs, 1):
+            table = _table(self._rows(out, rows.near, hw), rows.near, len(first) - 2)
+            total += self._share(level, self._tiles(table, rows), padding=0)
+        return self._finish(total)
+
+    def _tiles(self, table: Tensor, rows: CellRows) -> Tensor:
+        with region('gather'):
+            return take_tiles(table, rows.tile, self.cell_size + 2)
+
+    def _rows(self, x: Tensor, rows_R: Tensor, hw: tuple[int, int]) -> Tensor:
+        with region('gather'):
+            return enlarge_rows(x, rows_R, hw, self.align_corners)
+
+
+def _table(values_RC: Tensor, rows_R: Tensor, size: int) -> Tensor:
+    """Return a table of ``size`` rows and the two spare ones of ``ops.cell_table``.
+
+    What is not written is not initialized, and costs nothing.
+    """
+    table = values_RC.new_empty(size + 2, values_RC.shape[1])
+    table.index_copy_(0, rows_R, values_RC)
+    table[size] = 0
+    return table
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Share of the highest possible entropy, and the rest, (B, 2, h, w) of logits (B, K, h, w)."""
+    logits = logits.detach().float()
+    if logits.shape[1] == 1:
+        logits = torch.cat((logits, torch.zeros_like(logits)), dim=1)
+    log_probs = F.log_softmax(logits, dim=1)
+    entropy = -(log_probs.exp() * log_probs).sum(1, keepdim=True) / math.log(logits.shape[1])
+    return torch.cat((entropy, 1 - entropy), dim=1).clamp(min=1e-12)
+
+
+def _check_sizes(maps: Sequence[Tensor]) -> None:
+    for first, second in zip(maps[0].shape[2:], maps[1].shape[2:], strict=True):
+        if second not in (first // 2, (first + 1) // 2):
+            raise ValueError(
+                'the second map must have half the height and width of the first where a head '
+                f'computes cells, got {tuple(maps[1].shape[2:])} for {tuple(maps[0].shape[2:])}'
+            )

@@ -1,0 +1,10 @@
+"""Necks and heads that subclass those of mmsegmentation or mmdetection.
+
+The registry imports this module; a library that is not there, or does not import, takes only its
+own parts with it. ``mmdynsparse.models`` does not import it.
+"""
+
+from contextlib import suppress
+
+with suppress(ImportError):
+    from . import decode_heads  # noqa: F401
