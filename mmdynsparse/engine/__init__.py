@@ -1,5 +1,12 @@
 """What exists only while a model is trained or tested."""
 
-from .hooks import SparsityHook
+from .hooks import FreezePretrained, KeepRatioSchedule, SparsityHook, TemperatureSchedule
+from .parameters import FineTuneOptimWrapperConstructor
 
-__all__ = ['SparsityHook']
+__all__ = [
+    'FineTuneOptimWrapperConstructor',
+    'FreezePretrained',
+    'KeepRatioSchedule',
+    'SparsityHook',
+    'TemperatureSchedule',
+]

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, get_dist_info
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -27,7 +27,10 @@ class SparsityHook(Hook):
     ``keep_rate_I``, so they pass through AMP, gradient accumulation, DDP, the message hub and the
     visualizer like every other entry. In validation and test the mean rates over all images are
     logged as ``eval_keep_rate_I``. A predictor that keeps (nearly) nothing or everything against
-    its target is warned of.
+    its target is warned of, and so is a resumed training of other keep ratios.
+
+    Each process samples its own decisions: its random numbers in training depend on the seed, the
+    rank and the iteration that training starts or resumes from.
 
     Args:
         weight: Weight of the ratio loss, >= 0. Defaults to 10, the published one for Swin.
@@ -63,9 +66,13 @@ class SparsityHook(Hook):
                 f"'mmdynsparse.SparseSwinTransformer', got {type(self._model).__name__} without one"
             )
         self._meter = KeepRateMeter(self._backbones)
+        self._targets = [ratio for b in self._backbones for ratio in b.keep_ratios]
 
     def before_train(self, runner: Runner) -> None:
         """Add the ratio loss to what the model's forward returns in loss mode."""
+        rank, world_size = get_dist_info()
+        if rank or runner.iter:
+            torch.manual_seed(torch.initial_seed() + runner.iter * world_size + rank)
 
         def add_losses(module: nn.Module, args: tuple, kwargs: dict, losses: dict) -> dict | None:
             if kwargs.get('mode') != 'loss':
@@ -112,6 +119,23 @@ class SparsityHook(Hook):
     def after_run(self, runner: Runner) -> None:
         """Stop measuring."""
         self._meter.close()
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Write down the keep ratios that the training aims at."""
+        checkpoint['meta']['keep_ratios'] = self._targets
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare the keep ratios of a training that is resumed with the model's."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        ratios = [r for m in model.modules() for r in getattr(m, 'keep_ratios', ())]
+        before = checkpoint.get('meta', {}).get('keep_ratios', ratios)
+        if runner._resume and before != ratios:
+            print_log(
+                f'The resumed training had the keep ratios {before}, this one has {ratios}: the '
+                'predictors must learn them in the iterations that are left.',
+                logger='current',
+                level=logging.WARNING,
+            )
 
     def _log_rates(self, runner: Runner, mode: str) -> None:
         rates = self._meter.pop()
@@ -181,7 +205,9 @@ def sparsity_losses(
 
     ``loss_keep_ratio`` is ``weight * mean_i((mean(mask_i) - ratio_i) ** 2)`` over predictors i,
     the inner mean taken for each image (and the squares averaged) or over the batch
-    (Rao et al., T-PAMI 2023, section 3.4).
+    (Rao et al., T-PAMI 2023, section 3.4). Where everything is kept, the mean P(keep) takes the
+    mean mask's place: predictors learn to keep, and a schedule that lowers the ratio starts from
+    there.
 
     Args:
         decisions: Decisions with masks (B, N).
@@ -194,7 +220,10 @@ def sparsity_losses(
     if not decisions:
         return {}
     dims = 1 if per_image else (0, 1)
-    errors = [(d.mask.mean(dims) - d.ratio).square().mean() for d in decisions]
+    kept = [d.scores.exp() if d.keeps_all else d.mask for d in decisions]
+    errors = [
+        (k.mean(dims) - d.ratio).square().mean() for k, d in zip(kept, decisions, strict=True)
+    ]
     rates = {f'keep_rate_{i}': d.mask.detach().mean() for i, d in enumerate(decisions)}
     return {'loss_keep_ratio': weight * torch.stack(errors).mean(), **rates}
 

@@ -1,0 +1,91 @@
+"""Which parameters of a sparse model are new, and learning rates for them and the others."""
+
+from collections.abc import Mapping, Sequence
+
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from torch import nn
+
+from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+# Parts of the names of parameters that no dense checkpoint has.
+NEW_PARTS = ('.predictors.', '.predictor.', '.fast_path.')
+
+
+def is_new(name: str, parts: Sequence[str] = NEW_PARTS) -> bool:
+    """Return whether a parameter of this name is in one of the parts that are new."""
+    return any(part in name for part in parts)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class FineTuneOptimWrapperConstructor:
+    """Give new parameters the full learning rate and pretrained ones a share of it.
+
+    Another constructor sets weight decays, and learning rates by place or layer; this one then
+    multiplies the rates of the pretrained parameters and resets those of the new ones, which
+    ``custom_keys`` cannot do beside a rule for norms, because only one key counts for a name.
+
+    Args:
+        optim_wrapper_cfg: Config of the optimizer wrapper, with its optimizer.
+        paramwise_cfg: Own keys are ``pretrained_lr_mult``, in [0, 1], 1 by default; ``new_parts``,
+            parts of the names of the new parameters, by default those of predictors and fast
+            paths; ``constructor``, the type of the other constructor, by default
+            'DefaultOptimWrapperConstructor'. The rest is for that one. Defaults to None.
+
+    Raises:
+        ValueError: If ``pretrained_lr_mult`` is outside its range, there is no learning rate, or
+            no parameter is new.
+    """
+
+    def __init__(self, optim_wrapper_cfg: Mapping, paramwise_cfg: Mapping | None = None) -> None:
+        paramwise_cfg = dict(paramwise_cfg or {})
+        self.pretrained_lr_mult = paramwise_cfg.pop('pretrained_lr_mult', 1.0)
+        self.new_parts = tuple(paramwise_cfg.pop('new_parts', NEW_PARTS))
+        constructor = paramwise_cfg.pop('constructor', 'DefaultOptimWrapperConstructor')
+        if not 0 <= self.pretrained_lr_mult <= 1:
+            raise ValueError(
+                f'pretrained_lr_mult must be in [0, 1], got {self.pretrained_lr_mult!r}'
+            )
+        if optim_wrapper_cfg['optimizer'].get('lr') is None:
+            raise ValueError(
+                'optim_wrapper.optimizer.lr must be given for pretrained_lr_mult, got none'
+            )
+        self.base_lr = optim_wrapper_cfg['optimizer']['lr']
+        self._constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
+            dict(
+                type=constructor,
+                optim_wrapper_cfg=optim_wrapper_cfg,
+                paramwise_cfg=paramwise_cfg,
+            )
+        )
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer wrapper of a model."""
+        inner = model.module if is_model_wrapper(model) else model
+        new = {id(p) for name, p in inner.named_parameters() if is_new(name, self.new_parts)}
+        if not new:
+            raise ValueError(
+                f"new_parts must occur in the names of the model's parameters, got {self.new_parts}"
+            )
+        wrapper = self._constructor(model)
+        optimizer = wrapper.optimizer
+        optimizer.param_groups[:] = [
+            part for group in optimizer.param_groups for part in self._split(group, new)
+        ]
+        return wrapper
+
+    def _split(self, group: dict, new: set[int]) -> list[dict]:
+        """Split a group of the optimizer into its new and its pretrained parameters."""
+        # Only the optimizer may use the names, and only if all parameters have one.
+        names = group.get('param_names')
+        halves = []
+        for is_pretrained in (False, True):
+            indices = [i for i, p in enumerate(group['params']) if (id(p) in new) != is_pretrained]
+            if not indices:
+                continue
+            lr = group['lr'] * self.pretrained_lr_mult if is_pretrained else self.base_lr
+            half = dict(group, params=[group['params'][i] for i in indices], lr=lr)
+            if names is not None:
+                half['param_names'] = [names[i] for i in indices]
+            halves.append(half)
+        return halves
