@@ -331,7 +331,7 @@ def _sparse_blocks(
         if decision.kept is None:
             decision = with_positions(decision)
         if _pays_off(decision):
-            return _in_cells(x, blocks, decision, size, fused=execution == 'triton')
+            return in_cells(x, blocks, decision, size, fused=execution == 'triton')
     mask = None
     if sparse or execution == 'masked':
         mask = cell_mask(decision.mask, tuple(x.shape[2:]), size)
@@ -344,7 +344,7 @@ def _pays_off(decision: Decision) -> bool:
     return len(decision.kept) <= BREAK_EVEN * decision.mask.numel()
 
 
-def _in_cells(
+def in_cells(
     x: Tensor, blocks: Sequence[ResidualBlock], decision: Decision, size: int, fused: bool
 ) -> Tensor:
     """Run blocks in the kept cells of a map, on a copy that they update in place."""

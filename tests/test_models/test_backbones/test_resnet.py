@@ -137,7 +137,7 @@ def test_dropped_cells_stay_as_they_are(monkeypatch):
 def test_above_the_break_even_execution_is_masked(monkeypatch):
     model = tiny(sparsity=dict(keep_ratio=0.9))
     called = []
-    monkeypatch.setattr(resnet, '_in_cells', lambda x, *args, **kwargs: called.append(1) or x)
+    monkeypatch.setattr(resnet, 'in_cells', lambda x, *args, **kwargs: called.append(1) or x)
     with torch.no_grad():
         model(torch.randn(1, 3, 256, 256))
         assert called == []
