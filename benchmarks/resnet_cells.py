@@ -33,7 +33,8 @@ def main() -> None:
     Console().print(table)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = dict(setting=environment(torch.device('cpu')) | dict(size=args.size, blocks=args.blocks), rows=rows)
+        setting = environment(torch.device('cpu')) | dict(size=args.size, blocks=args.blocks)
+        result = dict(setting=setting, rows=rows)
         args.out.write_text(json.dumps(result, indent=2) + '\n')
 
 
