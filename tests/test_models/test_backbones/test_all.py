@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mmengine.registry import MODELS
 from mmdynsparse.models.backbones import SparseBackbone
 from mmdynsparse.ops import SELECTORS
 from mmdynsparse.registry import MODELS as OWN_MODELS
+from mmdynsparse.utils import convert_checkpoint
 
 # Small models with the published places of the predictors, all stages as output.
 SWIN = dict(embed_dims=24, depths=(2, 2, 6, 2), num_heads=(2, 3, 6, 6), drop_path_rate=0.0)
@@ -20,16 +22,20 @@ CONVNEXT = dict(
     layer_scale_init_value=1.0,
 )
 VIT = dict(img_size=64, embed_dims=32, num_layers=8, num_heads=4, out_indices=(1, 3, 5, 7))
-RESNET = dict(base_channels=8, cell_size=(4, 4, 2, 2))
+RESNET = dict(base_channels=8, stem_channels=8, cell_size=(4, 4, 2, 2))
 LOW_RANK = dict(fast_path=dict(type='mmdynsparse.LowRankFastPath', reduction=4))
 BACKBONES = {
     'SparseSwinTransformer': SWIN,
     'SparseConvNeXt': CONVNEXT,
     'SparseVisionTransformer': VIT,
-    'SparseResNet': dict(RESNET, base_channels=16, depth=18, sparsity=LOW_RANK),
+    'SparseResNet': dict(RESNET, base_channels=16, stem_channels=16, depth=18, sparsity=LOW_RANK),
     'SparseResNetV1c': dict(RESNET, depth=50),
     'SparseResNetV1d': dict(RESNET, depth=50, style='caffe', dilations=(1, 1, 2, 4)),
 }
+# What keeps everything from learning, and the parameters that learn all the same.
+FROZEN = dict.fromkeys(BACKBONES, (dict(frozen_stages=4), r'norm\d\.'))
+FROZEN['SparseSwinTransformer'] = (dict(frozen_stages=4), 'nothing')
+FROZEN['SparseVisionTransformer'] = (dict(frozen_exclude=('predictors',)), r'predictors\.')
 SIZES = [(1, (64, 999)), (2, (257, 383)), (3, (32, 40))]
 
 
@@ -68,6 +74,48 @@ def test_every_backbone_is_here():
         name for name, cls in OWN_MODELS.module_dict.items() if issubclass(cls, SparseBackbone)
     }
     assert registered == set(BACKBONES)
+
+
+def dense_original(name):
+    """The dense original with random weights, its features and its state dict in our names."""
+    cfg = {k: v for k, v in BACKBONES[name].items() if k not in ('sparsity', 'cell_size')}
+    if name == 'SparseConvNeXt':
+        convnext = pytest.importorskip('timm').models.convnext.ConvNeXt
+        dense = convnext(**dict(zip(('depths', 'dims'), cfg['arch'].values(), strict=True)))
+        return dense, lambda x: dense.forward_intermediates(x, intermediates_only=True), 'timm'
+    pytest.importorskip('mmseg.models')
+    dense = MODELS.build(dict(cfg, type=f'mmseg.{OWN_MODELS.get(name).original}'))
+    return dense, dense, 'mmseg'
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_keep_all_is_the_dense_original(name, randomize):
+    dense, features, source = dense_original(name)
+    randomize(dense, std=0.1).eval()
+    cfg = dict(BACKBONES[name], type=f'mmdynsparse.{name}', sparsity=dict(keep_ratio=1.0))
+    model = MODELS.build(cfg).eval()
+    keys = model.load_state_dict(convert_checkpoint(dense.state_dict(), source), strict=False)
+    assert keys.unexpected_keys == []
+    assert all('predictors.' in k or 'fast_path.' in k for k in keys.missing_keys)
+    x = torch.randn(2, 3, 97, 130)
+    with torch.no_grad():
+        expected = features(x)
+        if source == 'timm':
+            # timm's features are not normalized.
+            expected = [getattr(model, f'norm{i}')(y) for i, y in enumerate(expected)]
+        for execution in ('gather', 'masked'):
+            model.execution = execution
+            assert max_diff(model(x), expected) <= 1e-5
+
+
+def test_what_is_frozen_does_not_learn(build):
+    kwargs, exceptions = FROZEN[build.family]
+    model = build(**kwargs).train()
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all(re.match(exceptions, name) for name in learning)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize('batch, size', SIZES)

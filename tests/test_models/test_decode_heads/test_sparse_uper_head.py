@@ -208,6 +208,22 @@ def test_checkpoints():
     assert deepcopy(head).decider.decisions == []
 
 
+@pytest.mark.parametrize('resolution', [True, False])
+def test_compiles_and_exports(resolution):
+    """One graph in eval mode, with the results of eager execution and its decision."""
+    head = build(dict(keep_ratio=0.5, resolution=resolution))
+    expected = run(head, maps())
+    mask = head.decider.decisions[0].mask
+    torch._dynamo.reset()
+    compiled = torch.compile(head, fullgraph=True, backend='eager')
+    torch.testing.assert_close(run(compiled, maps()), expected)
+    assert head.decider.decisions[0].mask.equal(mask)
+    with torch.no_grad():
+        exported = torch.export.export(head, (maps(seed=1),))
+    assert head.decider.decisions == []
+    torch.testing.assert_close(exported.module()(maps()), expected)
+
+
 BAD = {
     'resolution': (dict(resolution=1), 'resolution must be True or False, got 1'),
     'unknown': (dict(keep_rate=0.5), r'takes the keys .* got \[.keep_rate'),
