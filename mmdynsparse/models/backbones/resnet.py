@@ -136,18 +136,8 @@ class SparseResNet(SparseBackbone):
         sparsity: Mapping | None = None,
         cell_size: Sequence[int] = (8, 8, 4, 4),
     ) -> None:
-        for name, value in dict(conv_cfg=conv_cfg, dcn=dcn, plugins=plugins).items():
-            if value is not None:
-                raise ValueError(f'{name} must be None in a sparse ResNet, got {value}')
-        if depth not in ARCHS:
-            raise ValueError(f'depth must be one of {tuple(ARCHS)}, got {depth}')
-        if style not in ('pytorch', 'caffe'):
-            raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}")
-        if not 1 <= num_stages <= 4:
-            raise ValueError(f'num_stages must be in 1 to 4, got {num_stages}')
-        for name, values in dict(strides=strides, dilations=dilations).items():
-            if len(values) != num_stages:
-                raise ValueError(f'{name} must have num_stages = {num_stages} values, got {values}')
+        _check_absent(conv_cfg=conv_cfg, dcn=dcn, plugins=plugins)
+        _check_shape(depth, style, num_stages, strides, dilations, multi_grid, cell_size)
         block, depths = ARCHS[depth][0], ARCHS[depth][1][:num_stages]
         if sparsity is not None:
             last = min(max(out_indices), num_stages - 1)
@@ -155,15 +145,7 @@ class SparseResNet(SparseBackbone):
             sparsity = dict(locations=places) | sparsity
         super().__init__(sparsity, depths, checkpoint_cfg(init_cfg, pretrained))
         check_stages(out_indices, frozen_stages, depths, self.sparsity)
-        if len(cell_size) < num_stages or min(cell_size) < 1:
-            raise ValueError(
-                f'cell_size must be at least 1 in each of {num_stages} stages, got {cell_size}'
-            )
-        if multi_grid is not None and len(multi_grid) != depths[-1]:
-            raise ValueError(
-                f'multi_grid must have {depths[-1]} values, one for each block of the last stage, '
-                f'got {multi_grid}'
-            )
+        self.num_stages = num_stages
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -173,30 +155,17 @@ class SparseResNet(SparseBackbone):
         norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
         channels = stem_channels or base_channels
         self._build_stem(in_channels, channels, deep_stem, norm_cfg)
-        self.num_stages = num_stages
         self.predictors = nn.ModuleList()
         for i, count in enumerate(depths):
             rates = _dilations(count, dilations[i], contract_dilation)
             if multi_grid is not None and i == num_stages - 1:
                 rates = multi_grid
-            layer = nn.Sequential()
-            for j in range(count):
-                add_fast_path = j >= min(self.stage_locations(i), default=count)
-                layer.append(
-                    block(
-                        channels,
-                        base_channels * 2**i,
-                        stride=strides[i] if j == 0 else 1,
-                        dilation=rates[j],
-                        style=style,
-                        avg_down=avg_down,
-                        norm_cfg=norm_cfg,
-                        with_cp=with_cp,
-                        fast_path=self.sparsity.fast_path if add_fast_path else None,
-                    )
-                )
-                channels = base_channels * 2**i * block.expansion
+            args = dict(style=style, avg_down=avg_down, norm_cfg=norm_cfg, with_cp=with_cp)
+            layer = self._build_stage(
+                i, block, channels, base_channels * 2**i, strides[i], rates, **args
+            )
             self.add_module(f'layer{i + 1}', layer)
+            channels = base_channels * 2**i * block.expansion
             locations = self.stage_locations(i)
             self.predictors.extend(build_part(self.sparsity.predictor, channels) for _ in locations)
         self._check_blocks(norm_cfg)
@@ -220,6 +189,25 @@ class SparseResNet(SparseBackbone):
             self.bn1 = build_norm_layer(norm_cfg, channels)[1]
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+
+    def _build_stage(
+        self,
+        i: int,
+        block: type[ResidualBlock],
+        in_channels: int,
+        planes: int,
+        stride: int,
+        dilations: Sequence[int],
+        **kwargs,
+    ) -> nn.Sequential:
+        first_sparse = min(self.stage_locations(i), default=len(dilations))
+        blocks = []
+        for j, dilation in enumerate(dilations):
+            fast_path = self.sparsity.fast_path if j >= first_sparse else None
+            place = (in_channels, planes, stride, dilation)
+            blocks.append(block(*place, fast_path=fast_path, **kwargs))
+            in_channels, stride = planes * block.expansion, 1
+        return nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
@@ -365,3 +353,39 @@ def in_cells(
 def _dilations(count: int, dilation: int, contract: bool) -> tuple[int, ...]:
     first = dilation // 2 if contract and dilation > 1 else dilation
     return (first,) + (dilation,) * (count - 1)
+
+
+def _check_absent(**kwargs) -> None:
+    for name, value in kwargs.items():
+        if value is not None:
+            raise ValueError(f'{name} must be None in a sparse ResNet, got {value}')
+
+
+def _check_shape(
+    depth: int,
+    style: str,
+    num_stages: int,
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    multi_grid: Sequence[int] | None,
+    cell_size: Sequence[int],
+) -> None:
+    if depth not in ARCHS:
+        raise ValueError(f'depth must be one of {tuple(ARCHS)}, got {depth}')
+    if style not in ('pytorch', 'caffe'):
+        raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}")
+    if not 1 <= num_stages <= 4:
+        raise ValueError(f'num_stages must be in 1 to 4, got {num_stages}')
+    for name, values in dict(strides=strides, dilations=dilations).items():
+        if len(values) != num_stages:
+            raise ValueError(f'{name} must have num_stages = {num_stages} values, got {values}')
+    last_depth = ARCHS[depth][1][num_stages - 1]
+    if multi_grid is not None and len(multi_grid) != last_depth:
+        raise ValueError(
+            f'multi_grid must have {last_depth} values, one for each block of the last stage, '
+            f'got {multi_grid}'
+        )
+    if len(cell_size) < num_stages or min(cell_size) < 1:
+        raise ValueError(
+            f'cell_size must be at least 1 in each of {num_stages} stages, got {cell_size}'
+        )
