@@ -97,7 +97,7 @@ class Decider(nn.Module):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no decision has to be made: everything is kept and nothing is learned."""
+        """Whether nothing has to be looked at: every cell is kept and nothing is learned."""
         return self.keep_ratios[0] >= 1 and not (self.training and self.predictor is not None)
 
     def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
@@ -111,6 +111,10 @@ class Decider(nn.Module):
         decision = self._decide(x_BNC, hw)
         self.decisions = [] if _is_exporting() else [decision]
         return decision
+
+    def keep_all(self, x: Tensor, hw: tuple[int, int]) -> Decision:
+        """Keep all cells of the maps ``x`` (B, ...) without looking; for ``keeps_all``."""
+        return self(x.new_empty(len(x), hw[0] * hw[1], 0), hw)
 
     def _decide(self, x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
         (ratio,) = self.keep_ratios

@@ -1,4 +1,4 @@
-"""Ratio loss and measured keep rates of sparse backbones."""
+"""Ratio loss and measured keep rates of sparse models."""
 
 import logging
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ...models.backbones import SparseBackbone
+from ...models.decider import Decider
 from ...ops import Decision
 from ...registry import HOOKS
 
@@ -21,7 +22,7 @@ CHECK_INTERVAL = 50
 
 @HOOKS.register_module()
 class SparsityHook(Hook):
-    """Train a sparse backbone towards its keep ratios and log what it keeps.
+    """Train a model's sparse parts towards their keep ratios and log what they keep.
 
     In training the model's loss dict gains ``loss_keep_ratio`` and the measured rates
     ``keep_rate_I``, so they pass through AMP, gradient accumulation, DDP, the message hub and the
@@ -40,7 +41,7 @@ class SparsityHook(Hook):
 
     Raises:
         ValueError: If an argument is outside its range, or, before the first iteration, the model
-            has no sparse backbone.
+            has no part that makes decisions.
     """
 
     def __init__(
@@ -57,16 +58,17 @@ class SparsityHook(Hook):
         self.warmup_iters = warmup_iters
 
     def before_run(self, runner: Runner) -> None:
-        """Find the sparse backbones and start to measure all their forwards."""
+        """Find the parts that make decisions and start to measure all their forwards."""
         self._model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._backbones = [m for m in self._model.modules() if isinstance(m, SparseBackbone)]
-        if not self._backbones:
+        parts = (SparseBackbone, Decider)
+        self._parts = [m for m in self._model.modules() if isinstance(m, parts)]
+        if not self._parts:
             raise ValueError(
-                'SparsityHook needs a model with a sparse backbone, for example type='
+                'SparsityHook needs a model with a sparse part, for example type='
                 f"'mmdynsparse.SparseSwinTransformer', got {type(self._model).__name__} without one"
             )
-        self._meter = KeepRateMeter(self._backbones)
-        self._targets = [ratio for b in self._backbones for ratio in b.keep_ratios]
+        self._meter = KeepRateMeter(self._parts)
+        self._targets = [ratio for part in self._parts for ratio in part.keep_ratios]
 
     def before_train(self, runner: Runner) -> None:
         """Add the ratio loss to what the model's forward returns in loss mode."""
@@ -77,13 +79,13 @@ class SparsityHook(Hook):
         def add_losses(module: nn.Module, args: tuple, kwargs: dict, losses: dict) -> dict | None:
             if kwargs.get('mode') != 'loss':
                 return None
-            decisions = [d for b in self._backbones for d in b.decisions]
+            decisions = [d for part in self._parts for d in part.decisions]
             warmup = min(1.0, (runner.iter + 1) / max(self.warmup_iters, 1))
             return losses | sparsity_losses(decisions, self.weight * warmup, self.per_image)
 
         self._handle = self._model.register_forward_hook(add_losses, with_kwargs=True)
-        for backbone in self._backbones:
-            backbone.has_ratio_loss = True
+        for part in self._parts:
+            part.has_ratio_loss = True
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
@@ -97,8 +99,8 @@ class SparsityHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Leave the model as it was."""
         self._handle.remove()
-        for backbone in self._backbones:
-            backbone.has_ratio_loss = False
+        for part in self._parts:
+            part.has_ratio_loss = False
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Forget what was measured before."""
@@ -144,7 +146,7 @@ class SparsityHook(Hook):
         self._warn_of_collapse(rates, f'in {mode}')
 
     def _warn_of_collapse(self, rates: Sequence[float], when: str) -> None:
-        targets = [r for b in self._backbones for r in b.keep_ratios]
+        targets = [ratio for part in self._parts for ratio in part.keep_ratios]
         for i, (rate, target) in enumerate(zip(rates, targets, strict=True)):
             what = collapse(rate, target)
             if what:
@@ -161,32 +163,32 @@ class KeepRateMeter:
     """Mean keep rate of each predictor over the images of all forwards since the last ``pop``.
 
     Args:
-        backbones: The sparse backbones to watch, their predictors numbered through.
+        parts: The sparse backbones and deciders to watch, their predictors numbered through.
     """
 
-    def __init__(self, backbones: Sequence[SparseBackbone]) -> None:
-        self._backbones = backbones
-        self._handles = [b.register_forward_hook(self._add) for b in backbones]
+    def __init__(self, parts: Sequence[SparseBackbone | Decider]) -> None:
+        self._parts = parts
+        self._handles = [part.register_forward_hook(self._add) for part in parts]
         self.reset()
 
     def reset(self) -> None:
         """Start anew."""
-        self._sums: dict[SparseBackbone, Tensor | float] = dict.fromkeys(self._backbones, 0.0)
-        self._images = dict.fromkeys(self._backbones, 0)
+        self._sums: dict[nn.Module, Tensor | float] = dict.fromkeys(self._parts, 0.0)
+        self._images = dict.fromkeys(self._parts, 0)
 
-    def _add(self, backbone: SparseBackbone, args: tuple, outputs: tuple) -> None:
-        if backbone.decisions:
-            rates = [d.mask.detach().mean() for d in backbone.decisions]
-            images = len(backbone.decisions[0].mask)
-            self._sums[backbone] = self._sums[backbone] + images * torch.stack(rates)
-            self._images[backbone] += images
+    def _add(self, part: SparseBackbone | Decider, args: tuple, outputs: tuple) -> None:
+        if part.decisions:
+            rates = [d.mask.detach().mean() for d in part.decisions]
+            images = len(part.decisions[0].mask)
+            self._sums[part] = self._sums[part] + images * torch.stack(rates)
+            self._images[part] += images
 
     def pop(self) -> list[float]:
         """Return the means over all processes, NaN without a forward, and start anew."""
         means = []
-        for backbone, total in self._sums.items():
-            sums = torch.zeros(len(backbone.keep_ratios), device=_device(backbone)) + total
-            packed = torch.cat((sums, sums.new_tensor([self._images[backbone]])))
+        for part, total in self._sums.items():
+            sums = torch.as_tensor(total).expand(len(part.keep_ratios))
+            packed = torch.cat((sums, sums.new_tensor([self._images[part]])))
             all_reduce(packed)
             means += (packed[:-1] / packed[-1]).tolist()
         self.reset()
@@ -207,7 +209,8 @@ def sparsity_losses(
     the inner mean taken for each image (and the squares averaged) or over the batch
     (Rao et al., T-PAMI 2023, section 3.4). Where everything is kept, the mean P(keep) takes the
     mean mask's place: predictors learn to keep, and a schedule that lowers the ratio starts from
-    there.
+    there. Where some decisions carry a gradient, the others, of frozen predictors or of none,
+    take no part in the loss.
 
     Args:
         decisions: Decisions with masks (B, N).
@@ -221,9 +224,9 @@ def sparsity_losses(
         return {}
     dims = 1 if per_image else (0, 1)
     kept = [d.scores.exp() if d.keeps_all else d.mask for d in decisions]
-    errors = [
-        (k.mean(dims) - d.ratio).square().mean() for k, d in zip(kept, decisions, strict=True)
-    ]
+    pairs = list(zip(kept, decisions, strict=True))
+    learned = [pair for pair in pairs if pair[0].requires_grad] or pairs
+    errors = [(k.mean(dims) - d.ratio).square().mean() for k, d in learned]
     rates = {f'keep_rate_{i}': d.mask.detach().mean() for i, d in enumerate(decisions)}
     return {'loss_keep_ratio': weight * torch.stack(errors).mean(), **rates}
 
@@ -238,7 +241,3 @@ def collapse(rate: float, target: float) -> str:
     if 1 - rate < 0.1 * (1 - target):
         return 'everything'
     return ''
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

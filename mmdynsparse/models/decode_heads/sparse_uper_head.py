@@ -104,11 +104,14 @@ class SparseUPerHead(UPerHead):
             return super().forward(inputs)
         maps = [self._in_memory(x) for x in self._transform_inputs(inputs)]
         laterals = self._laterals(maps)
+        hw = tuple(maps[0].shape[2:])
         if self.decider is None or self.decider.keeps_all:
+            if self.decider is not None:
+                self.decider.keep_all(maps[0], cell_grid(hw, self.cell_size))
             return self.cls_seg(self._fuse(maps[0], laterals))
         _check_sizes(maps)
         coarse = self._coarse(maps[0], laterals)
-        decision = self._decide(coarse, tuple(maps[0].shape[2:]))
+        decision = self._decide(coarse, hw)
         if self.decider.gathers:
             return self._in_cells(maps[0], coarse, decision)
         return self._masked(maps[0], coarse, decision)

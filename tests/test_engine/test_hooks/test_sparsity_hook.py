@@ -101,6 +101,15 @@ def test_loss_per_image_and_per_batch():
     assert sparsity_losses([], weight=10) == {}
 
 
+def test_loss_is_of_the_decisions_that_learn():
+    """Decisions without a gradient are logged, and leave the loss to those with one."""
+    learned = decision([0.3], 0.5)
+    learned = learned._replace(mask=learned.mask.requires_grad_())
+    losses = sparsity_losses([decision([0.9], 0.5), learned], weight=10)
+    torch.testing.assert_close(losses['loss_keep_ratio'].item(), 0.4)
+    assert losses['keep_rate_0'] == decision([0.9], 0.5).mask.mean()
+
+
 def test_training_logs_losses_and_rates(tmp_path):
     runner = run(tmp_path)
     train = [line for line in scalars(runner) if 'loss' in line]
@@ -207,7 +216,7 @@ def test_bad_arguments(tmp_path):
 def test_model_without_sparse_backbone_is_refused(tmp_path):
     model = Model()
     model.backbone = torch.nn.Conv2d(3, 1, 3)
-    with pytest.raises(ValueError, match='needs a model with a sparse backbone'):
+    with pytest.raises(ValueError, match='needs a model with a sparse part'):
         run(tmp_path, model=model)
 
 
