@@ -1,9 +1,10 @@
-"""Which parameters of a sparse model are new, and learning rates for them and the others."""
+"""The parameters of a model in training: which are new, and learning rates for them."""
 
 from collections.abc import Mapping, Sequence
 
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -15,6 +16,11 @@ NEW_PARTS = ('.predictors.', '.predictor.', '.fast_path.')
 def is_new(name: str, parts: Sequence[str] = NEW_PARTS) -> bool:
     """Return whether a parameter of this name is in one of the parts that are new."""
     return any(part in name for part in parts)
+
+
+def bare_model(runner: Runner) -> nn.Module:
+    """Return the model of a runner without the wrapper of distributed training."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -99,5 +99,5 @@ def test_no_learning_rate():
     cfg = dict(
         constructor='mmdynsparse.FineTuneOptimWrapperConstructor', optimizer=dict(type='AdamW')
     )
-    with pytest.raises(ValueError, match='optimizer.lr must be given'):
+    with pytest.raises(ValueError, match='lr must be given'):
         build_optim_wrapper(Model(SWIN), cfg)

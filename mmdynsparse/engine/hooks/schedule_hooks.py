@@ -8,12 +8,10 @@ from collections.abc import Sequence
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import nn
 
 from ...registry import HOOKS
-from ..parameters import NEW_PARTS, is_new
+from ..parameters import NEW_PARTS, bare_model, is_new
 
 
 class _Ramp(Hook):
@@ -161,11 +159,6 @@ class FreezePretrained(Hook):
     def after_train(self, runner: Runner) -> None:
         """Leave the optimizer as it was."""
         self._handle.remove()
-
-
-def bare_model(runner: Runner) -> nn.Module:
-    """Return the model of a runner without the wrapper of distributed training."""
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _check_end(name: str, argument: str, value: int, runner: Runner) -> None:

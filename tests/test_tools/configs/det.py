@@ -62,7 +62,12 @@ model = dict(
         ),
     ),
     train_cfg=dict(
-        rpn=dict(assigner=assigner, sampler=sampler, allowed_border=-1, pos_weight=-1),
+        rpn=dict(
+            assigner=assigner,
+            sampler=dict(**sampler, add_gt_as_proposals=False),
+            allowed_border=-1,
+            pos_weight=-1,
+        ),
         rpn_proposal=dict(
             nms_pre=64, max_per_img=32, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0
         ),

@@ -1,0 +1,238 @@
+"""Distillation from a dense teacher (Rao et al., T-PAMI 2023, section 3.4)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from ...registry import HOOKS
+from .. import distillation as ops
+from ..parameters import bare_model
+from ..teacher import check_teacher, copy_student, load_teacher
+
+SEGMENTOR = 'decode_head'
+RPN, ROI, ROI_INPUT = 'rpn_head', 'roi_head.bbox_head', 'roi_head.bbox_roi_extractor'
+LOSS_NAMES = {SEGMENTOR: 'logits', RPN: 'rpn', ROI: 'roi'}
+# Side of the image, in px, on which both models are compared before training.
+PROBE = 128
+
+
+@HOOKS.register_module()
+class DistillationHook(Hook):
+    """Train a sparse model to compute what a dense one does.
+
+    In training the model's loss dict gains ``loss_distill_logits`` (of a segmentor's pixels) or
+    ``loss_distill_rpn`` and ``loss_distill_roi`` (of the anchors, and of the regions that the
+    detector sampled), and ``loss_distill_NAME`` for the maps of each module in ``features``, with
+    underscores for dots. They are weighted and are means over images, so they pass through AMP,
+    gradient accumulation and distributed training like every other loss.
+
+    The teacher sees the student's augmented and normalized batch, in eval mode, without gradients
+    and under the student's autocast. It belongs to this hook alone: no checkpoint has it, nothing
+    wraps it, and ``model.train()`` does not reach it.
+
+    Args:
+        teacher: dict(config=..., checkpoint=...), or 'self' for the student's own weights at the
+            start of the training, with everything kept. Those are also written to
+            ``distillation_teacher.pth`` in the work dir, for resuming. Defaults to 'self'.
+        logit_weight: Weight of the divergence of each kind of logits, >= 0. Padding and ignored
+            pixels are left out. Defaults to 0.5, the published one.
+        temperature: Divides the logits, > 0; the loss is multiplied by its square. Defaults to 1.
+        features: Weight, >= 0, of the mean squared error of the maps of modules by name, such as
+            'backbone', 'neck' or 'decode_head.bottleneck'. Defaults to None, dict(backbone=0.5).
+
+    Raises:
+        ValueError: If an argument is outside its range, or, before the first iteration, teacher
+            and student do not fit each other or a module does not exist or does not run.
+    """
+
+    def __init__(
+        self,
+        teacher: str | Mapping = 'self',
+        logit_weight: float = 0.5,
+        temperature: float = 1.0,
+        features: Mapping[str, float] | None = None,
+    ) -> None:
+        if teacher != 'self' and (
+            not isinstance(teacher, Mapping) or set(teacher) != {'config', 'checkpoint'}
+        ):
+            raise ValueError(
+                f"teacher must be 'self' or dict(config=..., checkpoint=...), got {teacher!r}"
+            )
+        self.features = dict(backbone=0.5) if features is None else dict(features)
+        weights = {f'features[{name!r}]': weight for name, weight in self.features.items()}
+        for name, weight in {'logit_weight': logit_weight, **weights}.items():
+            if not weight >= 0:
+                raise ValueError(f'{name} must be at least 0, got {weight!r}')
+        if not temperature > 0:
+            raise ValueError(f'temperature must be above 0, got {temperature!r}')
+        self.teacher = teacher
+        self.logit_weight = logit_weight
+        self.temperature = temperature
+        self._teacher, self._teacher_classes = None, None
+
+    def before_train(self, runner: Runner) -> None:
+        """Make the teacher, compare it with the student and add the losses."""
+        student = bare_model(runner)
+        heads = logit_heads(student) if self.logit_weight else []
+        for name in self.features:
+            ops.find_module(student, name)
+        teacher, classes = self._make_teacher(runner)
+        for name in (*heads, *self.features):
+            ops.find_module(teacher, name)
+        ours = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
+        check_teacher(student, teacher, heads, (ours, classes))
+        self._teacher = teacher.to(next(student.parameters()).device).requires_grad_(False)
+        self._teacher.eval()  # mmseg's VisionTransformer does not return itself
+        self._heads = heads
+        names = {*heads, *self.features} | ({ROI_INPUT} if ROI in heads else set())
+        self._taps = [ops.Taps(model, sorted(names)) for model in (student, teacher)]
+        # Parts of a sharded model do not run on their own: the first batch compares those.
+        if not isinstance(runner.model, FullyShardedDataParallel):
+            self._probe(student)
+        self._handles = [
+            student.register_forward_pre_hook(self._start, with_kwargs=True),
+            student.register_forward_hook(self._add_losses, with_kwargs=True),
+        ]
+        source = self.teacher if self.teacher == 'self' else self.teacher['checkpoint']
+        weights = {LOSS_NAMES[head]: self.logit_weight for head in heads} | self.features
+        print_log(
+            f'Distillation from {source}: '
+            + ', '.join(f'{loss_name(name)} {weight}' for name, weight in weights.items())
+            + f', temperature {self.temperature}',
+            logger='current',
+        )
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        for taps in self._taps:
+            taps.close()
+        self._teacher = None
+
+    def _make_teacher(self, runner: Runner) -> tuple[nn.Module, Sequence[str] | None]:
+        if self.teacher == 'self':
+            return copy_student(runner), None
+        return load_teacher(**self.teacher)
+
+    def _probe(self, student: nn.Module) -> None:
+        """Run both models on an empty image, so that what does not fit fails now."""
+        image = next(student.parameters()).new_zeros(1, 3, PROBE, PROBE)
+        rois = image.new_tensor([[0, 0, 0, PROBE / 2, PROBE / 2]]) if ROI in self._heads else None
+        training = student.training
+        student.eval()
+        self._taps[0].recording = True
+        with torch.no_grad():
+            ops.run_parts(student, image, rois)
+            self._losses(self._taps[0].pop(), image, ())
+        student.train(training)
+
+    def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._taps[0].recording = kwargs.get('mode') == 'loss'
+
+    def _add_losses(
+        self, model: nn.Module, args: tuple, kwargs: dict, losses: dict
+    ) -> dict[str, Tensor] | None:
+        if kwargs.get('mode') != 'loss':
+            return None
+        images = kwargs['inputs'] if 'inputs' in kwargs else args[0]
+        samples = kwargs.get('data_samples') or ()
+        return losses | self._losses(self._taps[0].pop(), images, samples)
+
+    def _losses(self, student: dict, images: Tensor, samples: Sequence) -> dict[str, Tensor]:
+        """Losses for what the student's taps recorded of a batch."""
+        rois = student[ROI_INPUT][0][1] if ROI in self._heads else None
+        self._taps[1].recording = True
+        with torch.no_grad():
+            ops.run_parts(self._teacher, images, rois)
+        teacher = self._taps[1].pop()
+        losses = {}
+        for head in self._heads:
+            outs = [calls[head][1] for calls in (student, teacher)]
+            value = self._logit_loss(head, *outs, images, samples, rois)
+            losses[loss_name(LOSS_NAMES[head])] = self.logit_weight * value
+        for name, weight in self.features.items():
+            if name not in student or name not in teacher:
+                raise ValueError(
+                    'features must name modules that run up to the logits (backbone, neck, '
+                    f"decode_head or rpn_head and roi_head.bbox_head), got '{name}'"
+                )
+            outs = [calls[name][1] for calls in (student, teacher)]
+            value = ops.feature_loss(name, *outs, samples, tuple(images.shape[-2:]))
+            losses[loss_name(name)] = weight * value
+        return losses
+
+    def _logit_loss(
+        self,
+        head: str,
+        student: object,
+        teacher: object,
+        images: Tensor,
+        samples: Sequence,
+        rois: Tensor | None,
+    ) -> Tensor:
+        module = self._teacher.get_submodule(head)
+        if head == SEGMENTOR:
+            sigmoid = student.shape[1] == 1
+            kl_BHW = self._kl(head, student, teacher, sigmoid)
+            if samples:
+                weights = ops.label_mask(samples, kl_BHW.shape[-2:], module.ignore_index)
+            else:
+                weights = torch.ones_like(kl_BHW)
+            return ops.mean_over_images(kl_BHW, weights)
+        sigmoid = bool(getattr(module.loss_cls, 'use_sigmoid', False))
+        if head == ROI:
+            kl_R = self._kl(head, student[0], teacher[0], sigmoid)
+            return ops.mean_over_rois(kl_R, rois[:, 0].long(), len(images))
+        levels = []
+        classes = module.cls_out_channels
+        for s, t in zip(student[0], teacher[0], strict=True):
+            # The channels are those of each anchor in turn.
+            s_BCAHW, t_BCAHW = (x.unflatten(1, (-1, classes)).transpose(1, 2) for x in (s, t))
+            kl_BHW = self._kl(head, s_BCAHW, t_BCAHW, sigmoid).mean(1)
+            inside = ops.content_mask(samples, s.shape, tuple(images.shape[-2:]), s.device)
+            levels.append((kl_BHW, inside))
+        # Every anchor counts alike, whatever its level.
+        kl, inside = (torch.cat([x.flatten(1) for x in xs], 1) for xs in zip(*levels, strict=True))
+        return ops.mean_over_images(kl, inside)
+
+    def _kl(self, head: str, student: Tensor, teacher: Tensor, sigmoid: bool) -> Tensor:
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f'teacher must have logits of the same width and stride in {head}, '
+                f'{tuple(student.shape)}, got {tuple(teacher.shape)}'
+            )
+        return ops.kl_divergence(student, teacher, self.temperature, sigmoid)
+
+
+def loss_name(name: str) -> str:
+    """Return the name of a loss in the log."""
+    return f'loss_distill_{name.replace(".", "_")}'
+
+
+def logit_heads(model: nn.Module) -> list[str]:
+    """Return the names of the heads whose logits can be compared.
+
+    Raises:
+        ValueError: If the model is neither a segmentor with one head for the pixels nor a detector
+            of two stages with one head for the boxes.
+    """
+    if ops.is_single(model, SEGMENTOR) and not _has_queries(model.decode_head):
+        return [SEGMENTOR]
+    if ops.is_single(model, RPN) and ops.is_single(getattr(model, 'roi_head', None), 'bbox_head'):
+        return [RPN, ROI]
+    raise ValueError(
+        'logit_weight needs a segmentor with one decode_head that returns a map of logits, or a '
+        'detector with an rpn_head and one roi_head.bbox_head (set it to 0 elsewhere), '
+        f'got {type(model).__name__}'
+    )
+
+
+def _has_queries(head: nn.Module) -> bool:
+    """Whether a head classifies queries, as those that mmseg takes over from mmdet do."""
+    return hasattr(head, 'num_queries')

@@ -1,0 +1,142 @@
+"""Teachers: models that are never trained, built from a config or copied from the student."""
+
+import logging
+import os.path as osp
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from mmengine.runner import CheckpointLoader, Runner
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from ..utils.input_checks import check_checkpoint, check_weights
+from .parameters import bare_model
+
+COPY_NAME = 'distillation_teacher.pth'
+
+
+def load_teacher(config: str | Mapping, checkpoint: str) -> tuple[nn.Module, Sequence[str] | None]:
+    """Build the model of a config with the weights of a checkpoint.
+
+    Args:
+        config: Path of a config file, or a config.
+        checkpoint: Path or address.
+
+    Returns:
+        The model and the names of its classes, None if the checkpoint does not say.
+
+    Raises:
+        ValueError: If a file is missing or unreadable, or the weights do not fit the model.
+    """
+    if isinstance(config, str) and not osp.isfile(config):
+        raise ValueError(f'teacher.config must be an existing file, got {config!r}')
+    cfg = Config.fromfile(config) if isinstance(config, str) else Config(dict(config))
+    model_cfg = deepcopy(cfg.model)
+    if cfg.get('default_scope'):
+        model_cfg.setdefault('_scope_', cfg.default_scope)
+    # An address is not looked at by the check, but fetched here.
+    loaded = check_checkpoint('teacher.checkpoint', checkpoint)
+    loaded = loaded or CheckpointLoader.load_checkpoint(checkpoint, 'cpu', logger=None)
+    # The student starts from the same random weights with and without a teacher.
+    with torch.random.fork_rng(devices=[]):
+        model = MODELS.build(model_cfg)
+    check_weights(model, loaded.get('state_dict', loaded), checkpoint)
+    meta = loaded.get('meta', {}).get('dataset_meta') or {}
+    return model, meta.get('classes')
+
+
+def copy_student(runner: Runner) -> nn.Module:
+    """Return a dense copy of the model as it was when its training began.
+
+    The weights are written to ``distillation_teacher.pth`` in the work dir, from where a resumed
+    training reads them.
+
+    Raises:
+        ValueError: If the model is sharded, or a training is resumed without that file.
+    """
+    if isinstance(runner.model, FullyShardedDataParallel):
+        raise ValueError("teacher 'self' cannot be copied from a sharded model: name a checkpoint")
+    student = bare_model(runner)
+    # Hooks of others may refer to anything, the runner too.
+    hooks = (h for m in student.modules() for h in (m._forward_hooks, m._forward_pre_hooks))
+    teacher = deepcopy(student, {id(h): OrderedDict() for h in hooks})
+    for module in teacher.modules():
+        module.__dict__.pop('forward', None)  # replaced on the student, and bound to it
+        if getattr(module, 'keep_ratios', None):
+            module.keep_ratios = [1.0] * len(module.keep_ratios)
+    path = osp.join(runner.work_dir, COPY_NAME)
+    if runner.iter > 0:
+        if not osp.isfile(path):
+            raise ValueError(
+                f"a training with teacher 'self' is resumed with the file {COPY_NAME} of its first "
+                f'start in the work dir, got none in {runner.work_dir!r}'
+            )
+        check_weights(teacher, check_checkpoint(COPY_NAME, path), path)
+        return teacher
+    if not runner._has_loaded:
+        print_log(
+            "teacher 'self' is a copy of the model at the start, for which no checkpoint was "
+            'loaded (load_from): it teaches what random weights say.',
+            logger='current',
+            level=logging.WARNING,
+        )
+    if is_main_process():
+        torch.save(teacher.state_dict(), path)
+    return teacher
+
+
+def check_teacher(
+    student: nn.Module, teacher: nn.Module, heads: Sequence[str], classes: Sequence[Sequence | None]
+) -> None:
+    """Check that a teacher sees and names what the student does.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        heads: Names of the heads whose logits are compared.
+        classes: Names of the classes of student and teacher, None where they are not known.
+
+    Raises:
+        ValueError: If normalization, number or names of classes differ. Another crop is warned of.
+    """
+    ours, theirs = (_preprocessing(model) for model in (student, teacher))
+    if ours[:3] != theirs[:3]:
+        raise ValueError(
+            'teacher must have mean, std and channel order of the data_preprocessor as the '
+            f'student, {ours[:3]}, got {theirs[:3]}'
+        )
+    if ours[3] != theirs[3]:
+        print_log(
+            f"The teacher's data_preprocessor has the crop {theirs[3]}, the student's {ours[3]}: "
+            'the teacher is used at a size that it was not trained for.',
+            logger='current',
+            level=logging.WARNING,
+        )
+    for head in heads:
+        counts = [getattr(m.get_submodule(head), 'num_classes', None) for m in (student, teacher)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f'teacher must have the {counts[0]} classes of the student in {head}, '
+                f'got {counts[1]}'
+            )
+    if None not in classes and tuple(classes[0]) != tuple(classes[1]):
+        raise ValueError(
+            f'teacher must have been trained for the classes {tuple(classes[0])}, '
+            f'got {tuple(classes[1])}'
+        )
+
+
+def _preprocessing(model: nn.Module) -> tuple:
+    """Mean, std, change of the channels' order, and crop."""
+    module = model.data_preprocessor
+    values = [getattr(module, name, None) for name in ('mean', 'std')]
+    values = [v.flatten().tolist() if isinstance(v, Tensor) else v for v in values]
+    size = getattr(module, 'size', None)
+    swaps = getattr(module, '_channel_conversion', None)
+    return *values, swaps, tuple(size) if size else size

@@ -1,0 +1,134 @@
+import pytest
+import torch
+from mmengine.structures import PixelData
+from torch import nn
+
+from mmdynsparse.engine.distillation import (
+    Taps,
+    content_mask,
+    feature_loss,
+    kl_divergence,
+    label_mask,
+    mean_over_images,
+    mean_over_rois,
+    run_parts,
+)
+
+
+class Sample:
+    """A data sample with the size of its image and labels."""
+
+    def __init__(self, img_shape=None, labels=None):
+        self.metainfo = {} if img_shape is None else dict(img_shape=img_shape)
+        self.gt_sem_seg = None if labels is None else PixelData(data=labels)
+
+
+def test_kl_is_that_of_the_distributions():
+    student, teacher = torch.randn(2, 2, 5, 3, 4)
+    expected = torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=x.movedim(1, -1)) for x in (teacher, student))
+    )
+    torch.testing.assert_close(kl_divergence(student, teacher, 1.0, False), expected)
+    assert kl_divergence(student, student, 2.0, False).abs().max() < 1e-6
+    scaled = kl_divergence(4 * student, 4 * teacher, 4.0, False)
+    torch.testing.assert_close(scaled, 16 * expected)
+
+
+def test_kl_of_independent_classes():
+    student, teacher = torch.randn(2, 3, 2, 6)
+    bernoulli = [torch.distributions.Bernoulli(logits=x / 2) for x in (teacher, student)]
+    expected = 4 * torch.distributions.kl_divergence(*bernoulli).sum(1)
+    torch.testing.assert_close(kl_divergence(student, teacher, 2.0, True), expected)
+
+
+def test_kl_is_float32_for_half_logits():
+    student, teacher = torch.randn(2, 2, 3, 4, dtype=torch.bfloat16)
+    assert kl_divergence(student, teacher, 1.0, False).dtype == torch.float32
+
+
+def test_ignored_labels_are_left_out():
+    labels = torch.zeros(1, 8, 8, dtype=torch.long)
+    labels[:, :4] = 255
+    mask = label_mask([Sample(labels=labels), Sample(labels=labels * 0)], (4, 2), 255)
+    assert mask[0].tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]] and mask[1].min() == 1
+    values = torch.randn(2, 4, 2)
+    other = values.clone()
+    other[0, :2] = 100
+    assert torch.equal(mean_over_images(values, mask), mean_over_images(other, mask))
+    nothing = mean_over_images(values, torch.zeros_like(mask))
+    assert nothing == 0
+
+
+def test_padding_is_left_out():
+    samples = [Sample((64, 64)), Sample((33, 48)), Sample()]
+    mask = content_mask(samples, (3, 7, 4, 4), (64, 64), torch.device('cpu'))
+    assert [mask[i].sum().item() for i in range(3)] == [16, 9, 16]
+    assert mask[1, 2, 2] == 1 and mask[1, 3, 2] == 0 and mask[1, 2, 3] == 0
+    assert content_mask((), (2, 7, 4, 4), (64, 64), torch.device('cpu')).min() == 1
+
+
+def test_means_do_not_depend_on_how_a_batch_is_split():
+    values, weights = torch.rand(4, 3, 5), (torch.rand(4, 3, 5) > 0.5).float()
+    halves = [mean_over_images(values[i : i + 2], weights[i : i + 2]) for i in (0, 2)]
+    torch.testing.assert_close(mean_over_images(values, weights), sum(halves) / 2)
+    images = torch.tensor([0, 0, 0, 1, 2, 2, 3])
+    values = torch.rand(7)
+    halves = [
+        mean_over_rois(values[:4], images[:4], 2),
+        mean_over_rois(values[4:], images[4:] - 2, 2),
+    ]
+    torch.testing.assert_close(mean_over_rois(values, images, 4), sum(halves) / 2)
+    assert mean_over_rois(values[:0], images[:0], 2) == 0
+
+
+def test_feature_loss():
+    s, t = torch.randn(2, 2, 3, 4, 4)
+    whole = [Sample((16, 16)), Sample((16, 16))]
+    one = feature_loss('neck', s, t, whole, (16, 16))
+    torch.testing.assert_close(one, (s - t).square().mean())
+    tokens = torch.zeros(2, 5, 6), torch.ones(2, 5, 6)
+    two = feature_loss('neck', [s, (tokens[0],)], (t, tokens[1]), whole, (16, 16))
+    torch.testing.assert_close(two, (one + 1) / 2)
+    s[1, :, 2:] = 100
+    half = [Sample((16, 16)), Sample((8, 16))]
+    torch.testing.assert_close(
+        feature_loss('neck', s, t, half, (16, 16)),
+        ((s - t)[0].square().mean() + (s - t)[1, :, :2].square().mean()) / 2,
+    )
+
+
+@pytest.mark.parametrize('shape', [(1, 4, 8, 8), (1, 3, 4, 4)])
+def test_maps_of_another_width_or_stride_are_refused(shape):
+    with pytest.raises(ValueError, match=r"same width and stride.*'neck'.*\(3, 8, 8\)"):
+        feature_loss('neck', torch.zeros(1, 3, 8, 8), torch.zeros(shape), (), (32, 32))
+
+
+class Net(nn.Module):
+    """A head that calls its own forward, as those of mmseg do."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 2, 1)
+        self.decode_head = nn.Conv2d(2, 2, 1)
+
+
+def test_taps_record_and_leave_no_trace():
+    net = Net()
+    before = dict(net.backbone.__dict__)
+    taps = Taps(net, ['backbone', 'decode_head'])
+    images = torch.randn(1, 3, 4, 4)
+    run_parts(net, images)
+    assert not taps.calls
+    taps.recording = True
+    run_parts(net, images)
+    calls = taps.pop()
+    assert calls['backbone'][0][0] is images
+    torch.testing.assert_close(calls['decode_head'][1], net.decode_head(calls['backbone'][1]))
+    assert not taps.calls and not taps.recording
+    taps.close()
+    assert before.keys() == net.backbone.__dict__.keys()
+
+
+def test_taps_on_a_module_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"name modules of Net \(in backbone, .*got 'necks.0'"):
+        Taps(Net(), ['necks.0'])

@@ -1,0 +1,315 @@
+from typing import ClassVar
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from mmdynsparse.engine import DistillationHook
+from mmdynsparse.engine import teacher as teacher_module
+from mmdynsparse.utils.cpu import BFloat16OptimWrapper
+
+FEATURES = dict(seg={'backbone': 0.5, 'decode_head.fpn_bottleneck': 2.0}, det=dict(neck=0.5))
+LOSSES = dict(
+    seg={'loss_distill_logits', 'loss_distill_backbone', 'loss_distill_decode_head_fpn_bottleneck'},
+    det={'loss_distill_rpn', 'loss_distill_roi', 'loss_distill_neck'},
+)
+
+
+class Dataset(list):
+    """Images in memory with the names of their classes."""
+
+    metainfo: ClassVar[dict] = dict(classes=('ground', 'thing'))
+
+
+def make_runner(tiny, folder, task, hook, iters=2, model=None, **kwargs):
+    torch.manual_seed(0)
+    data = Dataset(tiny.sample(task, i) for i in range(2 * iters))
+
+    def collate(items):
+        return {key: [item[key] for item in items] for key in ('inputs', 'data_samples')}
+
+    arguments = dict(
+        model=model or tiny.build(task),
+        work_dir=str(folder),
+        train_dataloader=DataLoader(data, 2, collate_fn=collate),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=iters),
+        default_hooks=dict(
+            logger=dict(type='LoggerHook', interval=1),
+            checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False),
+        ),
+        custom_hooks=[dict(type='mmdynsparse.SparsityHook'), hook],
+        default_scope=tiny.SCOPES[task],
+        log_processor=dict(by_epoch=False),
+        visualizer=dict(type='Visualizer', vis_backends=[]),
+        randomness=dict(seed=0),
+        experiment_name=f'{folder}_{iters}_{kwargs.get("resume")}'.replace('/', '_'),
+    )
+    return Runner(**arguments | kwargs)
+
+
+@pytest.fixture
+def start(tmp_path, tiny):
+    """Function that begins a training and hands out model and hook, as in the first iteration."""
+    hooks = []
+
+    def begin(task, model=None, **arguments):
+        hook = DistillationHook(**arguments)
+        runner = make_runner(tiny, tmp_path, task, hook, model=model)
+        runner._train_loop = runner.build_train_loop(runner._train_loop)
+        hook.before_train(runner)
+        hooks.append((hook, runner))
+        return runner.model, hook
+
+    yield begin
+    for hook, runner in hooks:
+        hook.after_train(runner)
+
+
+def losses_of(tiny, model, task, indices=(0, 1), **kwargs):
+    # Every second image is smaller and padded to the size of the others.
+    sizes = [(64 - 16 * (i % 2), 64) for i in indices]
+    pairs = zip(indices, sizes, strict=True)
+    samples = [tiny.sample(task, i, size, **kwargs) for i, size in pairs]
+    batch = {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}
+    return model(**model.data_preprocessor(batch, True), mode='loss')
+
+
+def distilled(losses):
+    return {name: value for name, value in losses.items() if 'distill' in name}
+
+
+@pytest.mark.parametrize('task', ['seg', 'det'])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(task, start, tiny):
+    model, _ = start(task, features=FEATURES[task])
+    model.eval()
+    model.backbone.set_keep_ratio(1.0)
+    same = distilled(losses_of(tiny, model, task))
+    assert same.keys() == LOSSES[task]
+    assert all(value.item() < 1e-6 for value in same.values())
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    other = distilled(losses_of(tiny, model, task))
+    assert all(value.item() > 1e-5 for value in other.values())
+    sum(other.values()).backward()
+    assert model.backbone.patch_embed.projection.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize('task', ['seg', 'det'])
+def test_training(task, tmp_path, tiny):
+    hook = DistillationHook(features=FEATURES[task])
+    runner = make_runner(tiny, tmp_path, task, hook)
+    keys = set(runner.model.state_dict())
+    teachers, seen = [], []
+
+    def watch(runner, batch_idx, data_batch=None, outputs=None):
+        teachers.append(hook._teacher)
+        seen.append(outputs)
+
+    hook.after_train_iter = watch
+    runner.train()
+    assert all(LOSSES[task] <= outputs.keys() for outputs in seen)
+    for outputs in seen:
+        total = sum(value for name, value in outputs.items() if 'loss' in name and name != 'loss')
+        torch.testing.assert_close(outputs['loss'], total)
+    teacher = teachers[0]
+    assert teachers[1] is teacher and not any(m.training for m in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not {id(m) for m in teacher.modules()} & {id(m) for m in runner.model.modules()}
+    saved = torch.load(tmp_path / 'iter_2.pth', weights_only=False)
+    assert set(saved['state_dict']) == keys
+    # The student has moved, the teacher is what the student was.
+    start = torch.load(tmp_path / 'distillation_teacher.pth')
+    assert all(torch.equal(value, start[name]) for name, value in teacher.state_dict().items())
+    assert any(not torch.equal(value, start[name]) for name, value in saved['state_dict'].items())
+    assert not runner.model._forward_hooks and not runner.model._forward_pre_hooks
+    assert all('forward' not in m.__dict__ for m in runner.model.modules())
+    assert hook._teacher is None
+
+
+def test_no_loss_outside_of_training(start):
+    model, hook = start('seg')
+    model.eval()
+    inputs = torch.randn(1, 3, 64, 64)
+    assert isinstance(model(inputs, mode='tensor'), torch.Tensor)
+    assert not hook._taps[0].calls and not hook._taps[1].calls
+
+
+def test_ignored_pixels_teach_nothing(start, tiny):
+    model, _ = start('seg', features={})
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    name = 'loss_distill_logits'
+    assert losses_of(tiny, model, 'seg', ignored=1.0)[name] == 0
+    assert losses_of(tiny, model, 'seg', ignored=0.5)[name] > 0
+
+
+@pytest.mark.parametrize('task', ['seg', 'det'])
+def test_losses_do_not_depend_on_how_a_batch_is_split(task, start, tiny):
+    model, _ = start(task, features=FEATURES[task])
+    model.eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    torch.manual_seed(0)
+    whole = distilled(losses_of(tiny, model, task, (0, 1, 2, 3)))
+    parts = [distilled(losses_of(tiny, model, task, pair)) for pair in ((0, 1), (2, 3))]
+    names = LOSSES[task] - {'loss_distill_roi'}  # regions are sampled at random
+    for name in names:
+        torch.testing.assert_close(whole[name], (parts[0][name] + parts[1][name]) / 2)
+
+
+@pytest.mark.parametrize('task', ['seg', 'det'])
+def test_teacher_from_a_dense_config_and_checkpoint(task, start, tmp_path, tiny):
+    dense = tiny.build(task, dense=True)
+    path = tmp_path / 'dense.pth'
+    torch.save(dict(state_dict=dense.state_dict(), meta={}), path)
+    model = tiny.build(task)
+    keys = model.load_state_dict(dense.state_dict(), strict=False)
+    assert not keys.unexpected_keys
+    config = dict(model=tiny.config(task, dense=True), default_scope=tiny.SCOPES[task])
+    model, hook = start(task, model, teacher=dict(config=config, checkpoint=str(path)))
+    assert type(hook._teacher.backbone).__name__ == 'SwinTransformer'
+    model.eval()
+    model.backbone.set_keep_ratio(1.0)
+    assert all(value.item() < 1e-6 for value in distilled(losses_of(tiny, model, task)).values())
+
+
+def test_mixed_precision_is_that_of_the_student(start, tiny):
+    model, hook = start('seg')
+    dtypes = []
+    conv = hook._teacher.decode_head.fpn_bottleneck.conv
+    conv.register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
+    wrapper = BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), 0.1))
+    with wrapper.optim_context(model):
+        losses = losses_of(tiny, model, 'seg')
+    assert dtypes == [torch.bfloat16]
+    assert all(v.dtype == torch.float32 and v.isfinite() for v in distilled(losses).values())
+
+
+def test_the_teacher_runs_once_and_without_gradients(start, tiny):
+    model, hook = start('seg')
+    calls = []
+    hook._teacher.backbone.register_forward_hook(
+        lambda m, args, outs: calls.append(any(out.requires_grad for out in outs))
+    )
+    losses_of(tiny, model, 'seg')
+    assert calls == [False]
+
+
+def test_resume_has_the_same_teacher(tmp_path, tiny):
+    make_runner(tiny, tmp_path, 'seg', DistillationHook(), iters=1).train()
+    hook = DistillationHook()
+    teachers = []
+    hook.after_train_iter = lambda *args, **kwargs: teachers.append(hook._teacher.state_dict())
+    make_runner(tiny, tmp_path, 'seg', hook, iters=2, resume=True).train()
+    start = torch.load(tmp_path / 'distillation_teacher.pth')
+    assert len(teachers) == 1
+    assert all(torch.equal(value, start[name]) for name, value in teachers[0].items())
+    (tmp_path / 'distillation_teacher.pth').unlink()
+    with pytest.raises(ValueError, match='resumed with the file distillation_teacher'):
+        make_runner(tiny, tmp_path, 'seg', DistillationHook(), iters=3, resume=True).train()
+
+
+def test_a_random_teacher_is_warned_of(start, warnings_of):
+    texts = warnings_of(teacher_module)
+    start('seg')
+    assert any('random weights' in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    'arguments, match',
+    [
+        (dict(teacher='dense'), "teacher must be 'self' or dict.*got 'dense'"),
+        (dict(teacher=dict(config='a.py')), 'teacher must be .*a.py'),
+        (dict(logit_weight=-1), 'logit_weight must be at least 0, got -1'),
+        (dict(features=dict(neck=-2)), r"features\['neck'\] must be at least 0, got -2"),
+        (dict(temperature=0), 'temperature must be above 0, got 0'),
+    ],
+)
+def test_bad_arguments(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        DistillationHook(**arguments)
+
+
+@pytest.mark.parametrize(
+    'name, match',
+    [
+        ('decode_heads', "name modules of EncoderDecoder .in .*backbone.*got 'decode_heads'"),
+        ('decode_head.loss_decode', "modules that run up to the logits .*got 'decode_head.loss_d"),
+    ],
+)
+def test_bad_module_names(name, match, tmp_path, tiny):
+    hook = DistillationHook(features={name: 1.0})
+    with pytest.raises(ValueError, match=match):
+        make_runner(tiny, tmp_path, 'seg', hook).train()
+
+
+def _other(tiny, **changes):
+    cfg = tiny.config('seg', dense=True)
+    for key, value in changes.items():
+        part, name = key.split('__')
+        cfg[part][name] = value
+    return cfg
+
+
+@pytest.mark.parametrize(
+    'changes, match',
+    [
+        (dict(decode_head__num_classes=5), '2 classes of the student in decode_head, got 5'),
+        (dict(data_preprocessor__mean=[1.0] * 3), r'mean, std .*120.0.* got .*1.0'),
+        (dict(data_preprocessor__bgr_to_rgb=False), r'channel order .*True.*got .*False'),
+        (dict(decode_head__channels=8), r"same width and stride.*'decode_head.fpn_bottleneck'"),
+        (dict(backbone__strides=(4, 2, 2, 1)), "same width and stride.*'backbone'"),
+    ],
+)
+def test_a_teacher_that_does_not_fit(changes, match, tmp_path, tiny):
+    config = dict(model=_other(tiny, **changes), default_scope='mmseg')
+    tiny.build('seg')
+    path = tmp_path / 'teacher.pth'
+    torch.save(MODELS.build(config['model']).state_dict(), path)
+    features = {'decode_head.fpn_bottleneck': 1.0} if 'decode_head__channels' in changes else None
+    hook = DistillationHook(dict(config=config, checkpoint=str(path)), features=features)
+    with pytest.raises(ValueError, match=match):
+        make_runner(tiny, tmp_path, 'seg', hook).train()
+
+
+def test_a_teacher_of_another_crop_is_warned_of(tmp_path, warnings_of, tiny):
+    texts = warnings_of(teacher_module)
+    config = dict(model=_other(tiny, data_preprocessor__size=(32, 32)), default_scope='mmseg')
+    path = tmp_path / 'teacher.pth'
+    torch.save(tiny.build('seg', dense=True).state_dict(), path)
+    hook = DistillationHook(dict(config=config, checkpoint=str(path)))
+    make_runner(tiny, tmp_path, 'seg', hook, iters=1).train()
+    assert any('crop (32, 32)' in text and '(64, 64)' in text for text in texts)
+
+
+def test_files_of_the_teacher(tmp_path, tiny):
+    config = dict(model=tiny.config('seg', dense=True), default_scope='mmseg')
+    path = tmp_path / 'teacher.pth'
+    for checkpoint, meta, match in (
+        ({'backbone.weight': torch.zeros(1)}, {}, 'checkpoint must fit .*missing keys'),
+        (
+            tiny.build('seg', dense=True).state_dict(),
+            dict(dataset_meta=dict(classes=('cat', 'dog'))),
+            r"classes \('ground', 'thing'\), got \('cat', 'dog'\)",
+        ),
+    ):
+        torch.save(dict(state_dict=checkpoint, meta=meta), path)
+        hook = DistillationHook(dict(config=config, checkpoint=str(path)))
+        with pytest.raises(ValueError, match=match):
+            make_runner(tiny, tmp_path, 'seg', hook).train()
+    for teacher, match in (
+        (dict(config='none.py', checkpoint=str(path)), "teacher.config must .*got 'none.py'"),
+        (dict(config=config, checkpoint='none.pth'), "teacher.checkpoint must .*got 'none.pth'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make_runner(tiny, tmp_path, 'seg', DistillationHook(teacher)).train()
+
+
+def test_models_without_logits_that_can_be_compared(training):
+    with pytest.raises(ValueError, match=r'logit_weight needs a segmentor .*got Model'):
+        training(DistillationHook())
+    log = training(DistillationHook(logit_weight=0, features=dict(backbone=3.0)), iters=2).log
+    assert log[1]['loss_distill_backbone'] > 0
