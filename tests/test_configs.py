@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
 
+from mmdynsparse.engine.parameters import is_new
 from mmdynsparse.models import SparseConvNeXt, SparseResNet
 from mmdynsparse.models.backbones.convnext import ARCHS as CONVNEXTS
 from mmdynsparse.models.backbones.resnet import ARCHS as RESNETS
@@ -182,6 +183,11 @@ def _check_optimizer(optim_cfg, runner):
     if 'constructor' not in optim_cfg:
         assert set(lrs.values()) == {base_lr}
         return
+    if optim_cfg.constructor == 'mmdynsparse.FineTuneOptimWrapperConstructor':
+        for name, p in runner.model.named_parameters():
+            share = 1 if is_new(name) else optim_cfg.paramwise_cfg.pretrained_lr_mult
+            assert lrs[id(p)] == pytest.approx(share * base_lr), name
+        return
     # Layer decay: predictors at the full rate like the heads, fast paths like their block.
     assert {lrs[id(p)] for p in backbone.predictors.parameters()} == {base_lr}
     for block in (block for stage in backbone.stages for block in stage):
@@ -223,8 +229,10 @@ def test_name_tells_the_setting(path):
             original = 'ResNetV1c'
         assert backbone.type == (f'mmdynsparse.Sparse{original}' if sparse else original)
     assert ('sparsity' in backbone) == bool(sparse)
-    weights = [hook.weight for hook in cfg.get('custom_hooks', [])]
-    assert weights == ([_ratio_weight(family, size)] if sparse else [])
+    hooks = {hook.type.removeprefix('mmdynsparse.'): hook for hook in cfg.get('custom_hooks', [])}
+    finetune = ('DistillationHook', 'FreezePretrained') if '-finetune-' in name else ()
+    assert set(hooks) == {*finetune, *(('SparsityHook',) if sparse else ())}
+    assert not sparse or hooks['SparsityHook'].weight == _ratio_weight(family, size)
     assert _width_and_depth(backbone) == SIZES[family][size]
     assert ('amp-' in name) == (cfg.optim_wrapper.type == 'AmpOptimWrapper')
     assert re.search('ade20k|cityscapes|coco|camvid', name)[0][:3] in (
@@ -256,8 +264,9 @@ def _check_schedule(name, cfg):
         assert cfg.train_cfg.max_epochs == length
         assert cfg.train_dataloader.batch_size == 2
     else:
-        batch, thousands = re.search(r'_\dxb(\d)-(?:amp-)?(\d+)k_', name).groups()
-        length = 1000 * int(thousands)
+        lengths = r'_\dxb(\d)-(?:amp-|finetune-)?(\d+)(k?)_'
+        batch, number, thousands = re.search(lengths, name).groups()
+        length = int(number) * (1000 if thousands else 1)
         assert cfg.train_cfg.max_iters == length
         assert cfg.train_dataloader.batch_size == int(batch)
     assert cfg.param_scheduler[-1].end == length
