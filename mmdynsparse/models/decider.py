@@ -144,20 +144,24 @@ class Decider(nn.Module):
 
 
 class Features(tuple):
-    """Feature maps that carry the decisions which were made about them.
+    """Feature maps of a neck, with its decision about them.
 
     OpenMMLab's models hand it on as the tuple that it is.
 
     Args:
         maps: The feature maps.
-        decisions: For the first maps, those that a neck computes in part, its decision on the
-            cells of the finest one.
+        decision: Which cells of the finest maps are kept.
+        cell_size: Side of a cell in the first map, in positions.
     """
 
-    def __new__(cls, maps: tuple, decisions: tuple[Decision, ...] = ()) -> 'Features':
+    decision: Decision
+    cell_size: int
+
+    def __new__(cls, maps: tuple, decision: Decision, cell_size: int) -> 'Features':
         """Make the tuple of ``maps``."""
         self = super().__new__(cls, maps)
-        self.decisions = decisions
+        self.decision = decision
+        self.cell_size = cell_size
         return self
 
 

@@ -8,3 +8,6 @@ from contextlib import suppress
 
 with suppress(ImportError):
     from . import decode_heads  # noqa: F401
+
+with suppress(ImportError):
+    from . import dense_heads, necks  # noqa: F401

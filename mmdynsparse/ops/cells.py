@@ -91,6 +91,44 @@ def table_map(table: Tensor, batch: int, hw: tuple[int, int]) -> Tensor:
     return table[:-2].view(batch, *hw, -1).permute(0, 3, 1, 2)
 
 
+def sparse_table(values_RC: Tensor, rows_R: Tensor, positions: int) -> Tensor:
+    """Return a table as of :func:`cell_table` of which only some rows, and the zeros, are filled.
+
+    The others are not initialized, and memory that nothing touches costs nothing.
+
+    Args:
+        values_RC: What the rows hold.
+        rows_R: int64, which they are.
+        positions: Number P of positions of the maps.
+    """
+    table = values_RC.new_empty(positions + 2, values_RC.shape[1])
+    table.index_copy_(0, rows_R, values_RC)
+    table[positions] = 0
+    return table
+
+
+def put_tiles(x_BCHW: Tensor, cells_K: Tensor, tiles_KCgg: Tensor) -> Tensor:
+    """Replace cells of a map that is contiguous (not channels last) in memory.
+
+    Args:
+        x_BCHW: The map; it is changed in place where cells divide it.
+        cells_K: int64 positions in the flattened (B * N) batch of cells.
+        tiles_KCgg: Their new content.
+
+    Returns:
+        The map (B, C, H, W), contiguous.
+    """
+    size = tiles_KCgg.shape[-1]
+    h, w = x_BCHW.shape[2:]
+    grid_h, grid_w = cell_grid((h, w), size)
+    right, below = grid_w * size - w, grid_h * size - h
+    padded = F.pad(x_BCHW, (0, right, 0, below)) if right or below else x_BCHW
+    cells = padded.unflatten(3, (grid_w, size)).unflatten(2, (grid_h, size))
+    image, cell = cells_K // (grid_h * grid_w), cells_K % (grid_h * grid_w)
+    cells[image, :, cell // grid_w, :, cell % grid_w] = tiles_KCgg
+    return padded[:, :, :h, :w].contiguous()
+
+
 def take_tiles(table: Tensor, rows: Tensor, side: int) -> Tensor:
     """Gather rows into tiles (K, C, side, side), channels last in memory."""
     return table.index_select(0, rows).view(-1, side, side, table.shape[1]).permute(0, 3, 1, 2)

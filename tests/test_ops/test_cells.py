@@ -8,6 +8,8 @@ from mmdynsparse.ops import (
     cell_means,
     cell_rows,
     cell_table,
+    put_tiles,
+    sparse_table,
     table_map,
     take_tiles,
     tile_rows,
@@ -67,3 +69,25 @@ def test_a_map_goes_through_a_table_unchanged():
     table = cell_table(x)
     assert table.shape == (2 * 5 * 7 + 2, 3) and table[-2:].abs().max() == 0
     assert torch.equal(table_map(table, 2, (5, 7)), x)
+
+
+@pytest.mark.parametrize('hw', [(8, 12), (7, 10)])
+def test_tiles_are_put_back(hw):
+    """Tiles replace the cells they were taken from, whether or not cells divide the map."""
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 3, *hw), torch.randn(2, 3, *hw)
+    cells = torch.tensor([0, 4, 7, 11])
+    rows = cell_rows(cells, 2, hw, 4, halo=0)
+    tiles = take_tiles(cell_table(other), rows.tile, 4)
+    mask = torch.zeros(12).index_fill_(0, cells, 1).view(2, 6)
+    expected = torch.where(cell_mask(mask, hw, 4) > 0, other, x)
+    actual = put_tiles(x.clone(), cells, tiles)
+    assert actual.equal(expected)
+    assert actual.is_contiguous()
+
+
+def test_sparse_table():
+    """Chosen rows and the zeros for padding are there."""
+    table = sparse_table(torch.ones(2, 3), torch.tensor([4, 1]), 6)
+    assert table.shape == (8, 3)
+    assert table[[1, 4, 6]].tolist() == [[1] * 3, [1] * 3, [0] * 3]

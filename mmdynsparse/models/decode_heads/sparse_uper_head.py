@@ -26,6 +26,7 @@ from ...ops import (
     cell_table,
     enlarge_rows,
     region,
+    sparse_table,
     table_map,
     take_tiles,
     tile_rows,
@@ -243,9 +244,9 @@ class SparseUPerHead(UPerHead):
         # As one image of R x 1 positions: R images of one position are several times slower.
         near = conv_module(self.lateral_convs[0], near.t().unsqueeze(0).unsqueeze(-1))
         near = tile_rows(near) + self._rows(coarse.lateral, rows.near, hw)
-        tiles = self._tiles(_table(near, rows.near, size), rows)
+        tiles = self._tiles(sparse_table(near, rows.near, size), rows)
         kept = tile_rows(conv_module(self.fpn_convs[0], tiles, padding=0))
-        first = _table(self._rows(coarse.fine_in, rows.near, hw), rows.near, size)
+        first = sparse_table(self._rows(coarse.fine_in, rows.near, hw), rows.near, size)
         first.index_copy_(0, rows.inner, kept)
         return first
 
@@ -259,7 +260,7 @@ class SparseUPerHead(UPerHead):
             rest = rest.view(len(total), self.cell_size, self.cell_size, -1)
             return self._finish(total + rest.permute(0, 3, 1, 2))
         for level, out in enumerate(coarse.outs, 1):
-            table = _table(self._rows(out, rows.near, hw), rows.near, len(first) - 2)
+            table = sparse_table(self._rows(out, rows.near, hw), rows.near, len(first) - 2)
             total += self._share(level, self._tiles(table, rows), padding=0)
         return self._finish(total)
 
@@ -270,17 +271,6 @@ class SparseUPerHead(UPerHead):
     def _rows(self, x: Tensor, rows_R: Tensor, hw: tuple[int, int]) -> Tensor:
         with region('gather'):
             return enlarge_rows(x, rows_R, hw, self.align_corners)
-
-
-def _table(values_RC: Tensor, rows_R: Tensor, size: int) -> Tensor:
-    """Return a table of ``size`` rows and the two spare ones of ``ops.cell_table``.
-
-    What is not written is not initialized, and costs nothing.
-    """
-    table = values_RC.new_empty(size + 2, values_RC.shape[1])
-    table.index_copy_(0, rows_R, values_RC)
-    table[size] = 0
-    return table
 
 
 def _entropy(logits: Tensor) -> Tensor:

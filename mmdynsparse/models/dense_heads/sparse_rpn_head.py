@@ -1,0 +1,137 @@
+"""RPN head that looks for objects in kept cells of the two finest levels.
+
+Source: Ren et al., *Faster R-CNN* (arXiv 1506.01497), as ``RPNHead`` of mmdetection 3.x, whose
+arguments and state-dict names it has. What is sparse is our own, after Rao et al. (T-PAMI 2023,
+arXiv 2207.01580). Dimension letters: B images, A anchors of a location, K kept cells.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from mmdet.models.dense_heads import RPNHead
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from ...ops import (
+    Decision,
+    cell_grid,
+    cell_mask,
+    cell_means,
+    cell_rows,
+    cell_table,
+    linear,
+    region,
+    table_map,
+    take_tiles,
+    tile_rows,
+)
+from ...registry import MODELS
+from ..decider import CellSparsity, Decider
+
+SPARSE_LEVELS = 2
+# Logit of a dropped location in training: low enough to propose nothing that matters, and finite,
+# so that an object which is missed there tells the predictor to keep it.
+DROPPED_LOGIT = -10.0
+
+
+@MODELS.register_module()
+class SparseRPNHead(RPNHead):
+    """RPN head that computes kept cells of the two finest levels.
+
+    A location that is not kept proposes nothing on its level.
+
+    Args:
+        sparsity: ``dict()`` for the decision that the features carry, those of a ``SparseFPN``
+            (without one the head is dense); or arguments of
+            :class:`~mmdynsparse.models.decider.CellSparsity` for a decision of the head's own,
+            by default with a ``mmdynsparse.CellPredictor`` on the second level. None is the
+            dense head. Defaults to None.
+        **kwargs: Arguments of mmdet's ``RPNHead``.
+
+    Raises:
+        ValueError: If ``sparsity`` is not valid, or with it ``num_convs`` is not 1 or the class
+            scores are not sigmoids.
+    """
+
+    original: ClassVar[str] = 'RPNHead'
+
+    def __init__(self, sparsity: Mapping | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.is_sparse = sparsity is not None
+        self.decider = None
+        if self.is_sparse and (self.num_convs != 1 or not self.use_sigmoid_cls):
+            raise ValueError(
+                'a sparse RPN head must have num_convs 1 and a loss_cls with use_sigmoid, '
+                f'got num_convs {self.num_convs}, use_sigmoid {self.use_sigmoid_cls}'
+            )
+        if sparsity:
+            predictor = dict(type='mmdynsparse.CellPredictor')
+            cells = CellSparsity.from_cfg(dict(predictor=predictor) | dict(sparsity))
+            if cells.predictor is None:
+                raise ValueError('sparsity.predictor must be a config in an RPN head, got None')
+            self.cell_size = cells.cell_size
+            self.decider = Decider(cells, self.in_channels)
+
+    def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return class scores (B, A, H_i, W_i) and box deltas (B, 4 A, H_i, W_i) of all levels."""
+        decision, size = self._decide(x)
+        if decision is None or (decision.keeps_all and not self.training):
+            return super().forward(x)
+        outs = [self._sparse_level(x[i], decision, size >> i) for i in range(SPARSE_LEVELS)]
+        outs += [self.forward_single(level) for level in x[SPARSE_LEVELS:]]
+        scores, deltas = zip(*outs, strict=True)
+        return list(scores), list(deltas)
+
+    def _decide(self, x: Sequence[Tensor]) -> tuple[Decision | None, int]:
+        """Return the decision, if there is one, and the side of its cells in the first map."""
+        if self.decider is None:
+            decision = getattr(x, 'decision', None) if self.is_sparse else None
+            return decision, getattr(x, 'cell_size', 0)
+        grid = cell_grid(tuple(x[0].shape[2:]), self.cell_size)
+        if self.decider.keeps_all:
+            return self.decider.keep_all(x[0], grid), self.cell_size
+        cells_BNC = cell_means(x[1], self.cell_size // 2)
+        if cells_BNC.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                'the second map of a sparse RPN head must have half the height and width of the '
+                f'first, got {tuple(x[1].shape[2:])} for {tuple(x[0].shape[2:])}'
+            )
+        return self.decider(cells_BNC, grid), self.cell_size
+
+    def _sparse_level(self, x: Tensor, decision: Decision, size: int) -> tuple[Tensor, Tensor]:
+        """Return scores and deltas of a level, for which dropped locations propose nothing."""
+        if not self.training and decision.kept is not None:
+            return self._in_cells(x, decision, size)
+        score, delta = self.forward_single(x)
+        mask = cell_mask(decision.mask, tuple(x.shape[2:]), size).to(score.dtype)
+        if not self.training:
+            return score.masked_fill(mask == 0, -torch.inf), delta * mask
+        return score * mask + DROPPED_LOGIT * (1 - mask), delta * mask
+
+    def _in_cells(self, x: Tensor, decision: Decision, size: int) -> tuple[Tensor, Tensor]:
+        batch, hw = len(x), tuple(x.shape[2:])
+        anchors, outs = self.rpn_cls.out_channels, self.rpn_reg.out_channels
+        table = x.new_zeros(batch * hw[0] * hw[1] + 2, anchors + outs)
+        table[:, :anchors] = -torch.inf
+        if len(decision.kept) > 0:
+            with region('gather'):
+                rows = cell_rows(decision.kept, batch, hw, size, halo=1)
+                tiles = take_tiles(cell_table(x), rows.tile, size + 2)
+            with region('slow path'):
+                tiles = F.conv2d(tiles, self.rpn_conv.weight, self.rpn_conv.bias)
+                kept = F.relu(tile_rows(tiles))
+                parts = (self.rpn_cls, self.rpn_reg)
+                kept = [linear(kept, part.weight.flatten(1), part.bias) for part in parts]
+            with region('scatter'):
+                table.index_copy_(0, rows.inner, torch.cat(kept, dim=1).to(table.dtype))
+        score, delta = table_map(table, batch, hw).split((anchors, outs), dim=1)
+        return score, delta
+
+    def _bbox_post_process(self, results: InstanceData, *args, **kwargs) -> InstanceData:
+        """Leave out what dropped locations would propose, then go on as ``RPNHead``."""
+        if self.is_sparse:
+            dropped = 1.001 * torch.sigmoid(torch.tensor(DROPPED_LOGIT)) if self.training else 0
+            results = results[results.scores > dropped]
+        return super()._bbox_post_process(results, *args, **kwargs)

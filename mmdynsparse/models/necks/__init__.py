@@ -1,0 +1,5 @@
+"""Sparse necks of mmdetection, which has to be installed."""
+
+from .sparse_fpn import SparseFPN
+
+__all__ = ['SparseFPN']

@@ -1,0 +1,158 @@
+"""SparseRPNHead against mmdet's RPNHead, alone and behind a SparseFPN."""
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.structures import InstanceData
+
+from mmdynsparse.models.decider import Features
+from mmdynsparse.ops import Decision, with_positions
+
+pytest.importorskip('mmdet')
+
+ARGUMENTS = dict(
+    in_channels=16,
+    feat_channels=16,
+    anchor_generator=dict(
+        type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32]
+    ),
+    bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
+    loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True),
+    loss_bbox=dict(type='L1Loss'),
+    train_cfg=ConfigDict(
+        assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3),
+        sampler=dict(type='RandomSampler', num=256, pos_fraction=0.5),
+        allowed_border=-1,
+        pos_weight=-1,
+    ),
+    test_cfg=ConfigDict(
+        nms_pre=1000, max_per_img=1000, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0
+    ),
+)
+META = dict(img_shape=(128, 128), pad_shape=(128, 128), scale_factor=(1.0, 1.0))
+
+
+def maps():
+    torch.manual_seed(0)
+    return tuple(torch.randn(2, 16, 32 // 2**i, 32 // 2**i) for i in range(4))
+
+
+def build(sparsity=None, kind='mmdynsparse.SparseRPNHead', **kwargs):
+    torch.manual_seed(1)
+    cfg = {**ARGUMENTS, **kwargs}
+    if kind != 'RPNHead':
+        cfg['sparsity'] = sparsity
+    with MMENGINE_MODELS.switch_scope_and_registry('mmdet') as registry:
+        head = registry.build(dict(type=kind, **cfg))
+    for tensor in head.state_dict().values():
+        tensor.add_(0.2 * torch.randn_like(tensor))
+    return head.eval()
+
+
+def dense_of(head):
+    dense = build(kind='RPNHead')
+    keys = dense.load_state_dict(head.state_dict(), strict=False)
+    assert not keys.missing_keys
+    assert all(key.startswith('decider.predictor.') for key in keys.unexpected_keys)
+    return dense
+
+
+def features(ratio=0.5, gather=True):
+    """Maps with the decision that keeps the left half of the first image, nothing of the other."""
+    masks = torch.zeros(2, 4, 4)
+    masks[0, :, :2] = 1
+    decision = Decision(masks.flatten(1), torch.zeros(2, 16), (4, 4), ratio)
+    return Features(maps(), with_positions(decision) if gather else decision, 8)
+
+
+def close(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_dense():
+    """Without sparsity, a decision, or anything to drop the head is mmdet's."""
+    head = build()
+    close(head(features()), dense_of(head)(maps()))
+    head = build({})
+    close(head(maps()), dense_of(head)(maps()))
+    head = build(dict(keep_ratio=1.0))
+    close(head(maps()), dense_of(head)(maps()))
+
+
+@torch.no_grad()
+def test_decision_of_the_neck():
+    """Kept locations are dense, others propose nothing; both executions agree."""
+    head = build({})
+    gathered, masked = head(features()), head(features(gather=False))
+    close(gathered, masked)
+    dense = dense_of(head)(maps())
+    for level, (out, expected) in enumerate(zip(gathered[0], dense[0], strict=True)):
+        if level > 1:
+            torch.testing.assert_close(out, expected)
+            continue
+        half = out.shape[3] // 2
+        torch.testing.assert_close(out[0, ..., :half], expected[0, ..., :half])
+        assert out[0, ..., half:].eq(-torch.inf).all() and out[1].eq(-torch.inf).all()
+
+
+@torch.no_grad()
+def test_decision_of_its_own():
+    head = build(dict(keep_ratio=0.25, predictor=dict(type='mmdynsparse.CellPredictor')))
+    gathered = head(maps())
+    (decision,) = head.decider.decisions
+    assert decision.mask.sum(1).tolist() == [4, 4]
+    head.decider.execution = 'masked'
+    close(gathered, head(maps()))
+    kept = gathered[0][0].isfinite().float().mean((1, 2, 3))
+    assert kept.tolist() == [0.25, 0.25]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('training', [False, True])
+def test_proposals(training):
+    """Kept locations propose boxes, dropped ones none."""
+    head = build({}).train(training)
+    scores, deltas = head(features())
+    for level in (2, 3):
+        scores[level] = torch.full_like(scores[level], -20 if training else -torch.inf)
+    first, second = head.predict_by_feat(
+        scores, deltas, batch_img_metas=[META, META], cfg=head.test_cfg, rescale=False
+    )
+    assert len(first) > 0
+    centers = (first.bboxes[:, 0] + first.bboxes[:, 2]) / 2
+    assert centers.median() < 64  # of 128, the left half
+    assert len(second) == 0
+
+
+def test_an_object_that_is_missed_raises_the_mask():
+    """The loss tells the mask to keep the location of an object."""
+    head = build({}).train()
+    x = features(gather=False)
+    mask = x.decision.mask.clone().requires_grad_()
+    x = Features(tuple(x), x.decision._replace(mask=mask), 8)
+    # Of the size of an anchor of the finest level, in the dropped right half.
+    boxes = torch.tensor([[84.0, 52.0, 116.0, 84.0]])
+    gt = InstanceData(bboxes=boxes, labels=torch.zeros(1, dtype=torch.long))
+    losses = head.loss_by_feat(*head(x), [gt, gt], [META, META])
+    sum(sum(value) for value in losses.values()).backward()
+    at_object = mask.grad.view(2, 4, 4)[0, 1:3, 2:].sum()
+    assert at_object < 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+BAD = {
+    'convs': (dict(num_convs=2), 'num_convs 1'),
+    'softmax': (dict(loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False)), 'use_sigmoid'),
+    'ratio': (dict(sparsity=dict(keep_ratio=0)), r'in \(0, 1\], got 0'),
+    'predictor': (dict(sparsity=dict(keep_ratio=0.5, predictor=None)), 'must be a config'),
+}
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), BAD.values(), ids=BAD)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build(**{'sparsity': {}, **kwargs})

@@ -1,0 +1,152 @@
+"""SparseFPN against mmdet's FPN, masked against gathered execution."""
+
+import pytest
+import torch
+from mmengine.registry import MODELS as MMENGINE_MODELS
+
+from mmdynsparse.models.decider import Decider
+from mmdynsparse.ops import Decision
+
+pytest.importorskip('mmdet')
+
+CHANNELS = (8, 12, 16, 20)
+ARGUMENTS = dict(in_channels=list(CHANNELS), out_channels=16, num_outs=5)
+EXTRA = {
+    'mask rcnn': {},
+    'retina': dict(start_level=0, add_extra_convs='on_input'),
+    'relu': dict(num_outs=6, add_extra_convs='on_output', relu_before_extra_convs=True),
+    'lateral': dict(add_extra_convs='on_lateral'),
+    'norm': dict(norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU')),
+}
+
+
+def maps(hw=(32, 32), batch=2):
+    torch.manual_seed(0)
+    sizes = [hw]
+    for _ in CHANNELS[1:]:
+        sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
+    return tuple(torch.randn(batch, c, *size) for c, size in zip(CHANNELS, sizes, strict=True))
+
+
+def build(keep_ratio=0.4, kind='mmdynsparse.SparseFPN', **kwargs):
+    torch.manual_seed(1)
+    cfg = {**ARGUMENTS, **kwargs}
+    if kind != 'FPN':
+        cfg['sparsity'] = kwargs.get('sparsity', dict(keep_ratio=keep_ratio))
+    with MMENGINE_MODELS.switch_scope_and_registry('mmdet') as registry:
+        neck = registry.build(dict(type=kind, **cfg))
+    for tensor in neck.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(0.1 * torch.rand_like(tensor))
+    return neck.eval()
+
+
+def dense_of(neck, **kwargs):
+    dense = build(kind='FPN', **kwargs)
+    keys = dense.load_state_dict(neck.state_dict(), strict=False)
+    assert not keys.missing_keys
+    assert all(key.startswith('decider.predictor.') for key in keys.unexpected_keys)
+    return dense
+
+
+def run(neck, inputs, execution='gather'):
+    neck.decider.execution = execution
+    with torch.no_grad():
+        return neck(inputs)
+
+
+def force(monkeypatch, masks):
+    def forward(self, x_BNC, hw):
+        return Decision(masks, torch.zeros_like(masks), hw, 0.5)
+
+    monkeypatch.setattr(Decider, 'forward', forward)
+
+
+def close(actual, expected):
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('kwargs', EXTRA.values(), ids=EXTRA)
+def test_everything_kept_is_the_dense_neck(kwargs, monkeypatch):
+    """With keep ratio 1, and cell by cell; for all ways to add levels."""
+    neck = build(keep_ratio=1.0, **kwargs)
+    expected = dense_of(neck, **kwargs)(maps((27, 38)))
+    close(run(neck, maps((27, 38))), expected)
+    neck = build(**kwargs)
+    force(monkeypatch, torch.ones(2, 20))
+    for execution in ('gather', 'masked'):
+        close(run(neck, maps((27, 38)), execution), expected)
+
+
+@pytest.mark.parametrize('kwargs', EXTRA.values(), ids=EXTRA)
+@pytest.mark.parametrize('hw', [(32, 32), (27, 38)])
+def test_gathered_is_masked(kwargs, hw):
+    """Both executions give the same maps, contiguous as RoIAlign needs them."""
+    neck = build(**kwargs)
+    masked = run(neck, maps(hw), 'masked')
+    gathered = run(neck, maps(hw))
+    assert 0 < gathered.decision.mask.mean() < 1
+    assert gathered.decision.mask.equal(masked.decision.mask)
+    close(gathered, masked)
+    assert all(x.is_contiguous() for x in (*gathered, *masked))
+
+
+@pytest.mark.parametrize('case', ['nothing', 'uneven'])
+def test_gathered_is_masked_for_any_decision(case, monkeypatch):
+    masks = torch.zeros(2, 20)
+    if case == 'uneven':
+        masks[1] = 1
+        masks[0, 19] = 1
+    force(monkeypatch, masks)
+    neck = build()
+    masked = run(neck, maps((27, 38)), 'masked')
+    close(run(neck, maps((27, 38))), masked)
+    if case == 'nothing':
+        enlarged = torch.nn.functional.interpolate(masked[2], (14, 19))
+        torch.testing.assert_close(masked[1], enlarged)
+
+
+def test_dropped_cells_only_differ_from_dense():
+    """Away from dropped cells a level is the dense one's."""
+    neck = build(keep_ratio=0.5)
+    outs, dense = run(neck, maps()), dense_of(neck)(maps())
+    kept = outs.decision.mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    torch.testing.assert_close(outs[0] * kept, dense[0] * kept, atol=1e-5, rtol=1e-5)
+    assert not outs[0].allclose(dense[0], atol=1e-2)
+    close(outs[2:], dense[2:])
+
+
+def test_gradients():
+    """In training every parameter, the predictor's too, learns from the maps."""
+    neck = build().train()
+    sum(x.square().mean() for x in neck(maps())).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in neck.parameters())
+
+
+BAD = {
+    'levels': (dict(end_level=1, num_outs=2), 'must have at least 3 levels, got 2'),
+    'upsample': (dict(upsample_cfg=dict(mode='bilinear')), r"must be dict\(mode='nearest'\)"),
+    'norm': (dict(norm_cfg=dict(type='GN', num_groups=4)), 'a batch norm or None'),
+    'ratio': (dict(sparsity=dict(keep_ratio=1.5)), r'in \(0, 1\], got 1.5'),
+    'predictor': (dict(sparsity=dict(keep_ratio=0.5, predictor=None)), 'must be a config'),
+}
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), BAD.values(), ids=BAD)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build(**kwargs)
+
+
+def test_bad_sizes():
+    first, _, *others = maps()
+    with pytest.raises(ValueError, match='half the height and width of the first'):
+        build()((first, torch.randn(2, 12, 32, 32), *others))
+
+
+def test_dense_without_sparsity():
+    neck = build(sparsity=None)
+    assert neck.decider is None
+    close(neck(maps()), dense_of(neck)(maps()))
