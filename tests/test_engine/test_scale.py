@@ -1,0 +1,228 @@
+"""Trainings with all hooks: several processes, accumulation, sharding, precision, averaging."""
+
+import multiprocessing as mp
+import os
+import random
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.hooks import Hook
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mmdynsparse.ops import select
+
+HOOKS = [
+    dict(type='mmdynsparse.SparsityHook'),
+    dict(type='mmdynsparse.DistillationHook'),
+    dict(type='mmdynsparse.KeepRatioSchedule', end=2),
+    dict(type='mmdynsparse.TemperatureSchedule', start=2.0, stop=1.0, end=2),
+    dict(type='mmdynsparse.FreezePretrained', iters=1),
+]
+
+
+class Dataset(list):
+    metainfo: ClassVar[dict] = dict(classes=('ground', 'thing'))
+
+
+def train(tiny, folder, indices, batch, iters, hooks=HOOKS, build=None, **kwargs):
+    """Train the tiny segmentor on some images; return its logs, masks and weights."""
+    losses, masks = [], []
+
+    class Watch(Hook):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            model = getattr(runner.model, 'module', runner.model)
+            losses.append({name: value.item() for name, value in outputs.items()})
+            masks.append([d.mask.detach().clone() for d in model.backbone.decisions])
+
+    def collate(items):
+        return {key: [item[key] for item in items] for key in ('inputs', 'data_samples')}
+
+    torch.manual_seed(0)
+    data = Dataset(tiny.sample('seg', i) for i in indices)
+    arguments = dict(
+        model=(build or tiny.build)('seg'),
+        work_dir=str(folder),
+        train_dataloader=DataLoader(data, batch, collate_fn=collate),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=iters),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=iters, by_epoch=False)),
+        custom_hooks=[*hooks, Watch()],
+        default_scope='mmseg',
+        log_processor=dict(by_epoch=False),
+        visualizer=dict(type='Visualizer', vis_backends=[]),
+        randomness=dict(seed=0),
+        experiment_name=f'{folder}_{random.random()}'.replace('/', '_'),
+    )
+    runner = RUNNERS.get(kwargs.pop('runner', 'Runner'))(**arguments | kwargs)
+    model = runner.train()
+    weights = getattr(model, 'module', model).state_dict()
+    return dict(losses=losses, masks=masks, weights=weights)
+
+
+def with_group_norm(tiny):
+    """Build the segmentor with a norm that does not see the other images of a batch."""
+
+    def build(task):
+        model = tiny.build(task)
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(parent, name, nn.GroupNorm(4, child.num_features))
+        return model
+
+    return build
+
+
+def spawn(work, *args):
+    """Run ``work(rank, ...)`` in two processes that are connected by gloo; return the results."""
+    context = mp.get_context('fork')
+    folder = args[1]
+    processes = [context.Process(target=_connected, args=(rank, work, *args)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    return [torch.load(folder / f'result_{rank}.pth') for rank in range(2)]
+
+
+def _connected(rank, work, tiny, folder, *args):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=2)
+    torch.save(work(rank, tiny, folder, *args), folder / f'result_{rank}.pth')
+    dist.destroy_process_group()
+
+
+DDP = dict(
+    launcher='pytorch',
+    cfg=dict(
+        model_wrapper_cfg=dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=False,
+            device_ids=None,
+        )
+    ),
+)
+
+
+def split_training(rank, tiny, folder, hooks):
+    wrapper = dict(optimizer=dict(type='SGD', lr=0.1), accumulative_counts=2)
+    indices = (2 * rank, 2 * rank + 1)
+    build = with_group_norm(tiny)
+    return train(tiny, folder / 'work', indices, 1, 2, hooks, build, optim_wrapper=wrapper, **DDP)
+
+
+def test_losses_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path, monkeypatch):
+    """Two processes that accumulate two images are one batch of four."""
+    monkeypatch.setattr(
+        select.F, 'gumbel_softmax', lambda logits, tau, dim: (logits / tau).softmax(dim)
+    )
+    hooks = HOOKS[:2]
+    parts = spawn(split_training, tiny, tmp_path, hooks)
+    build = with_group_norm(tiny)
+    whole = train(tiny, tmp_path / 'one', range(4), 4, 1, hooks, build)
+    for name, value in whole['losses'][0].items():
+        if 'acc' not in name:
+            values = [losses[name] for part in parts for losses in part['losses']]
+            assert len(values) == 4
+            assert sum(values) / 4 == pytest.approx(value, rel=1e-4, abs=1e-7), name
+    assert {'loss_keep_ratio', 'loss_distill_logits'} < whole['losses'][0].keys()
+    for name, value in whole['weights'].items():
+        for part in parts:
+            torch.testing.assert_close(part['weights'][name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def same_images(rank, tiny, folder, run):
+    return train(tiny, folder / f'work{run}', (0, 1) * 3, 2, 3, **DDP)
+
+
+def test_noise_depends_on_seed_and_rank(tiny, tmp_path):
+    """Both processes see the same images, and a second run is the first one."""
+    runs = []
+    for run in range(2):
+        folder = tmp_path / str(run)
+        folder.mkdir()
+        runs.append(spawn(same_images, tiny, folder, run))
+    (a, b), again = runs
+    for name in ('losses', 'masks', 'weights'):
+        for one, other in zip((a, b), again, strict=True):
+            torch.testing.assert_close(one[name], other[name], atol=0, rtol=0)
+    # In the first iteration everything is kept.
+    assert torch.equal(a['masks'][0][0], b['masks'][0][0])
+    assert not torch.equal(a['masks'][2][0], b['masks'][2][0])
+    torch.testing.assert_close(
+        {k: v for k, v in a['weights'].items() if 'running' not in k},
+        {k: v for k, v in b['weights'].items() if 'running' not in k},
+    )
+
+
+def test_one_process_is_deterministic(tiny, tmp_path):
+    first, second = (train(tiny, tmp_path / str(i), range(6), 2, 3) for i in range(2))
+    assert first['losses'] == second['losses']
+    other = train(tiny, tmp_path / 'other', range(6), 2, 3, randomness=dict(seed=1))
+    assert first['losses'][2] != other['losses'][2]
+
+
+def test_checkpointed_activations_change_nothing(tiny, tmp_path):
+    def build(task):
+        return tiny.build(task, with_cp=True)
+
+    plain = train(tiny, tmp_path / 'plain', range(4), 2, 2)
+    saved = train(tiny, tmp_path / 'saved', range(4), 2, 2, build=build)
+    torch.testing.assert_close(plain['weights'], saved['weights'])
+    torch.testing.assert_close(plain['losses'], saved['losses'])
+
+
+def test_bfloat16(tiny, tmp_path):
+    wrapper = dict(
+        type='mmdynsparse.utils.cpu.BFloat16OptimWrapper', optimizer=dict(type='SGD', lr=0.1)
+    )
+    half = train(tiny, tmp_path / 'half', range(4), 2, 2, optim_wrapper=wrapper)
+    full = train(tiny, tmp_path / 'full', range(4), 2, 2)
+    for a, b in zip(half['losses'], full['losses'], strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=0.05) and a['loss'] != b['loss']
+    assert all(v.dtype != torch.bfloat16 for v in half['weights'].values())
+
+
+def test_ema_averages_the_student_alone(tiny, tmp_path):
+    hooks = [*HOOKS, dict(type='EMAHook', momentum=0.5)]
+    result = train(tiny, tmp_path, range(4), 2, 2, hooks)
+    saved = torch.load(tmp_path / 'iter_2.pth', weights_only=False)
+    names = {name.removeprefix('module.') for name in saved['ema_state_dict']} - {'steps'}
+    assert names == set(result['weights']) == set(saved['state_dict'])
+    # The checkpoint holds the average under state_dict and the weights under ema_state_dict.
+    name = 'decode_head.conv_seg.weight'
+    torch.testing.assert_close(saved['ema_state_dict'][f'module.{name}'], result['weights'][name])
+    assert not torch.equal(saved['state_dict'][name], result['weights'][name])
+
+
+def test_a_teacher_with_synchronised_norms(tiny, tmp_path):
+    """The teacher never needs the other processes, nor CUDA: it is in eval mode."""
+    model = tiny.build('seg')
+    runner = Runner(
+        model,
+        str(tmp_path),
+        train_dataloader=DataLoader(Dataset([tiny.sample('seg', 0)])),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=1),
+        custom_hooks=HOOKS[1:2],
+        experiment_name=str(tmp_path).replace('/', '_'),
+    )
+    # The runner of a single process would turn them back.
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    (hook,) = (hook for hook in runner.hooks if type(hook).__name__ == 'DistillationHook')
+    hook.before_train(runner)
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in hook._teacher.modules())
+    sample = tiny.sample('seg', 0)
+    batch = model.data_preprocessor({k: [v] for k, v in sample.items()}, True)
+    losses = model.eval()(**batch, mode='loss')
+    assert losses['loss_distill_logits'].isfinite()
+    hook.after_train(runner)
