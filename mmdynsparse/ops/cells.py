@@ -82,8 +82,11 @@ def cell_table(x_BCHW: Tensor) -> Tensor:
     Row P is zero, as the padding of a convolution is; row P + 1 takes what is computed for
     positions outside of the map.
     """
-    rows = x_BCHW.permute(0, 2, 3, 1).flatten(0, 2)
-    return F.pad(rows, (0, 0, 0, 2))
+    b, c, h, w = x_BCHW.shape
+    table = x_BCHW.new_empty(b * h * w + 2, c)
+    table_map(table, b, (h, w)).copy_(x_BCHW)
+    table[-2:] = 0
+    return table
 
 
 def table_map(table: Tensor, batch: int, hw: tuple[int, int]) -> Tensor:

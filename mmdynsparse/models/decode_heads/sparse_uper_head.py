@@ -243,8 +243,12 @@ class SparseUPerHead(UPerHead):
             near = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).index_select(0, rows.near)
         # As one image of R x 1 positions: R images of one position are several times slower.
         near = conv_module(self.lateral_convs[0], near.t().unsqueeze(0).unsqueeze(-1))
-        near = tile_rows(near) + self._rows(coarse.lateral, rows.near, hw)
-        tiles = self._tiles(sparse_table(near, rows.near, size), rows)
+        # One more row, of zeros, for the padding; in place, because another table of this size
+        # costs page faults.
+        laterals = self._rows(coarse.lateral, F.pad(rows.near, (0, 1)), hw)
+        laterals[:-1] += tile_rows(near)
+        laterals[-1] = 0
+        tiles = self._tiles(laterals, rows.tile_of_near)
         kept = tile_rows(conv_module(self.fpn_convs[0], tiles, padding=0))
         first = sparse_table(self._rows(coarse.fine_in, rows.near, hw), rows.near, size)
         first.index_copy_(0, rows.inner, kept)
@@ -254,19 +258,19 @@ class SparseUPerHead(UPerHead):
         self, first: Tensor, coarse: Coarse, rows: CellRows, hw: tuple[int, int]
     ) -> Tensor:
         """Return the fused features of the kept cells, (K, C, g, g)."""
-        total = self._share(0, self._tiles(first, rows), padding=0)
+        total = self._share(0, self._tiles(first, rows.tile), padding=0)
         if self.resolution:
             rest = self._rows(coarse.rest, rows.inner, hw)
             rest = rest.view(len(total), self.cell_size, self.cell_size, -1)
             return self._finish(total + rest.permute(0, 3, 1, 2))
         for level, out in enumerate(coarse.outs, 1):
             table = sparse_table(self._rows(out, rows.near, hw), rows.near, len(first) - 2)
-            total += self._share(level, self._tiles(table, rows), padding=0)
+            total += self._share(level, self._tiles(table, rows.tile), padding=0)
         return self._finish(total)
 
-    def _tiles(self, table: Tensor, rows: CellRows) -> Tensor:
+    def _tiles(self, table: Tensor, rows_R: Tensor) -> Tensor:
         with region('gather'):
-            return take_tiles(table, rows.tile, self.cell_size + 2)
+            return take_tiles(table, rows_R, self.cell_size + 2)
 
     def _rows(self, x: Tensor, rows_R: Tensor, hw: tuple[int, int]) -> Tensor:
         with region('gather'):

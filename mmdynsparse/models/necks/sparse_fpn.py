@@ -24,7 +24,6 @@ from ...ops import (
     cell_table,
     put_tiles,
     region,
-    sparse_table,
     take_tiles,
     tile_rows,
     with_positions,
@@ -167,20 +166,18 @@ class SparseFPN(FPN):
             rows = cell_rows(decision.kept, batch, hw, size, halo=1)
         if coarse is None:
             with region('gather'):
-                table = cell_table(x)
+                tiles = take_tiles(cell_table(x), rows.tile, size + 2)
         else:
             near = self._lateral_rows(level, x, coarse, rows.near)
             with region('gather'):
-                table = sparse_table(near, rows.near, batch * hw[0] * hw[1])
-        with region('gather'):
-            tiles = take_tiles(table, rows.tile, size + 2)
+                tiles = take_tiles(near, rows.tile_of_near, size + 2)
         with region('slow path'):
             tiles = conv_module(self.fpn_convs[level], tiles, padding=0)
         with region('scatter'):
             return put_tiles(light, decision.kept, tiles.to(light.dtype))
 
     def _lateral_rows(self, level: int, x: Tensor, coarse: Tensor, rows_R: Tensor) -> Tensor:
-        """Return chosen rows of a level's lateral map, (R, C)."""
+        """Return chosen rows of a level's lateral map and one of zeros, (R + 1, C)."""
         hw = tuple(x.shape[2:])
         with region('gather'):
             near = self._in_memory(x).permute(0, 2, 3, 1).flatten(0, 2).index_select(0, rows_R)
@@ -190,8 +187,12 @@ class SparseFPN(FPN):
             near = tile_rows(conv_module(self.lateral_convs[level], near))
         with region('gather'):
             sources = _nearest_rows(len(x), hw, tuple(coarse.shape[2:]), x.device)
-            table = coarse.permute(0, 2, 3, 1).flatten(0, 2)
-            return near + table.index_select(0, sources.index_select(0, rows_R))
+            sources = F.pad(sources.index_select(0, rows_R), (0, 1))
+            rows = coarse.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sources)
+            # In place: another table of this size costs page faults.
+            rows[:-1] += near
+            rows[-1] = 0
+            return rows
 
     def _with_extra(
         self, outs: list[Tensor], inputs: Sequence[Tensor], laterals: list[Tensor]
