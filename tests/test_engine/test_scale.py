@@ -226,3 +226,57 @@ def test_a_teacher_with_synchronised_norms(tiny, tmp_path):
     losses = model.eval()(**batch, mode='loss')
     assert losses['loss_distill_logits'].isfinite()
     hook.after_train(runner)
+
+
+def sharded_training(rank, tiny, folder, hooks):
+    # Full state dicts of torch's FSDP need CUDA.
+    strategy = dict(
+        type='FSDPStrategy',
+        model_wrapper=dict(type='MMFullyShardedDataParallel', device_id=torch.device('cpu')),
+        state_dict_cfg='local',
+    )
+    return train(
+        tiny,
+        folder / 'work',
+        (2 * rank, 2 * rank + 1) * 3,
+        2,
+        3,
+        hooks,
+        with_group_norm(tiny),
+        runner='FlexibleRunner',
+        strategy=strategy,
+        launcher='pytorch',
+    )
+
+
+def test_a_sharded_model_trains_as_a_whole_one(tiny, tmp_path, monkeypatch):
+    """Frozen in the first iteration, everything kept; learning in the second, seen in the third."""
+    monkeypatch.setattr(
+        select.F, 'gumbel_softmax', lambda logits, tau, dim: (logits / tau).softmax(dim)
+    )
+    # The teacher has other weights than the student, and norms of a batch.
+    torch.manual_seed(1)
+    torch.save(tiny.build('seg', dense=True).state_dict(), tmp_path / 'teacher.pth')
+    config = dict(model=tiny.config('seg', dense=True), default_scope='mmseg')
+    teacher = dict(config=config, checkpoint=str(tmp_path / 'teacher.pth'))
+    hooks = [*HOOKS]
+    hooks[1] = dict(type='mmdynsparse.DistillationHook', teacher=teacher)
+    parts = spawn(sharded_training, tiny, tmp_path, hooks)
+    whole = train(tiny, tmp_path / 'one', [*range(4)] * 3, 4, 3, hooks, with_group_norm(tiny))
+    for i, losses in enumerate(whole['losses']):
+        for name, value in losses.items():
+            if 'acc' not in name:
+                mean = sum(part['losses'][i][name] for part in parts) / 2
+                assert mean == pytest.approx(value, rel=1e-3), (i, name)
+
+
+def sharded_self_teaching(rank, tiny, folder):
+    try:
+        sharded_training(rank, tiny, folder, HOOKS)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_sharded_model_cannot_be_copied(tiny, tmp_path):
+    for message in spawn(sharded_self_teaching, tiny, tmp_path):
+        assert "teacher 'self' cannot be copied from a sharded model" in message
