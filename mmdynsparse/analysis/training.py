@@ -1,0 +1,76 @@
+"""The time of a training iteration beside that of the dense original."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS
+from torch import nn
+
+from ..engine.hooks.sparsity_hook import sparsity_losses
+from .dense import Pair
+from .latency import compare_latency
+
+
+def compare_training(pair: Pair, batch: dict, rounds: int, warmup: int) -> list[dict]:
+    """Time forward and backward passes of both models alternately.
+
+    An iteration is preprocessing, the losses, for the sparse model with those of
+    ``SparsityHook``, and the backward pass; the optimizer's update is left out.
+
+    Args:
+        pair: Both models on one device.
+        batch: As a data loader gives it.
+        rounds: Timed iterations of each model, at least 1.
+        warmup: Iterations before them.
+
+    Returns:
+        For the dense and the sparse model: model, median, p10, p90 (ms) and ratio, the median
+        divided by the dense one.
+    """
+    models = {'dense': pair.dense, 'sparse': pair.sparse}
+    steps = {name: training_step(model, batch) for name, model in models.items()}
+    latencies = compare_latency(steps, rounds, warmup)
+    dense_ms = latencies['dense'].median
+    return [
+        dict(model=name, **latency._asdict(), ratio=latency.median / dense_ms)
+        for name, latency in latencies.items()
+    ]
+
+
+def training_step(model: nn.Module, batch: dict) -> Callable[[], None]:
+    """Return a function that does one training iteration without the update."""
+    # As a training of one process does; synchronised norms need CUDA.
+    model = revert_sync_batchnorm(model)
+    model.train()
+    for part in model.modules():
+        if hasattr(part, 'has_ratio_loss'):
+            part.has_ratio_loss = True
+
+    @torch.enable_grad()
+    def step() -> None:
+        data = model.data_preprocessor(deepcopy(batch), True)  # it pads labels in place
+        losses = model(**data, mode='loss')
+        decisions = [d for part in model.modules() for d in getattr(part, 'decisions', ())]
+        losses |= sparsity_losses(decisions, 10.0)
+        model.parse_losses(losses)[0].backward()
+        model.zero_grad()
+
+    return step
+
+
+def training_batch(cfg: Config, size: int) -> dict:
+    """Load the first images of a config's training set, augmented.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    if len(dataset) < size:
+        raise ValueError(
+            f'train_dataloader.dataset must hold at least {size} images, got {len(dataset)}'
+        )
+    return pseudo_collate([dataset[i] for i in range(size)])
