@@ -18,7 +18,7 @@ from mmdynsparse.models.backbones.resnet import ARCHS as RESNETS
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
 IDS = [str(path.relative_to(CONFIGS)) for path in FILES]
-FAMILIES = ('sparse_convnext', 'sparse_resnet', 'sparse_swin', 'sparse_vit')
+FAMILIES = ('sparse_convnext', 'sparse_heads', 'sparse_resnet', 'sparse_swin', 'sparse_vit')
 PUBLISHED = [path for path in FILES if path.parent.name in FAMILIES]
 # Width of the first stage and depth of the third; of the only one in ViT.
 SIZES = {
@@ -217,7 +217,7 @@ def test_name_tells_the_setting(path):
     sparse, family, size = re.search(backbone_name, name).groups()
     family = family.removesuffix('-')
     folder = {'deit': 'vit', 'r': 'resnet'}.get(family, family)
-    assert path.parent.name == f'sparse_{folder}'
+    assert path.parent.name in (f'sparse_{folder}', 'sparse_heads')
     backbone = cfg.model.backbone
     if family == 'convnext':
         # Dense and sparse, because the dense original needs mmpretrain.
@@ -300,6 +300,34 @@ def _with_defaults(backbone):
     full['norm_cfg'] = {'requires_grad': True, **(full['norm_cfg'] or {})}
     full['init_cfg'] = full['init_cfg']['checkpoint'].rsplit('/', 1)[-1]
     return plain(full)
+
+
+HEADS = [path for path in PUBLISHED if path.parent.name == 'sparse_heads']
+
+
+@pytest.mark.parametrize('path', HEADS, ids=[path.stem for path in HEADS])
+def test_sparse_heads_differ_from_their_relative_in_neck_and_head(path):
+    """The name says which parts are sparse; all else is the config it is named after."""
+    cfg, name = Config.fromfile(path), path.name
+    relative = name.replace('sparse-upernet', 'upernet').replace('sparse-fpn', 'fpn')
+    relative = relative.replace('-by-level', '').replace('-entropy', '')
+    (relative,) = [item for item in PUBLISHED if item.name == relative and item != path]
+    expected = Config.fromfile(relative)
+    parts = ('decode_head',) if 'upernet' in name else ('neck', 'rpn_head')
+    sparsities = [cfg.model[part].pop('sparsity') for part in parts]
+    for part in parts:
+        dense, sparse = expected.model[part].pop('type'), cfg.model[part].pop('type')
+        assert sparse == f'mmdynsparse.Sparse{dense}'
+    assert plain(cfg.to_dict()) == plain(expected.to_dict())
+    if 'by-level' in name:
+        assert sparsities == [{}]
+        return
+    assert sparsities[0].pop('keep_ratio') == 0.3
+    learned = dict(predictor=dict(type='mmdynsparse.CellPredictor'))
+    if 'upernet' in name:
+        assert sparsities == [{} if 'entropy' in name else learned]
+    else:
+        assert sparsities == [{}, {}]
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -1,0 +1,3 @@
+# Without training: takes the checkpoint of the dense control as it is.
+_base_ = '../sparse_swin/swin-n_upernet_1xb8-2k_camvid-256x256.py'
+model = dict(decode_head=dict(type='mmdynsparse.SparseUPerHead', sparsity=dict(keep_ratio=0.3)))
