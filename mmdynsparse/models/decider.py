@@ -60,6 +60,7 @@ class Decider(nn.Module):
         decisions: The decision of the last call, in a list of one.
         execution: 'gather' (the default) or 'masked', how the neck or head runs in eval mode; in
             training it is always masked.
+        temperature: Of the Gumbel-softmax by which training samples, > 0; 1 unless changed.
         has_ratio_loss: Whether something trains the predictor towards the keep ratio; set by
             ``SparsityHook``. A predictor that trains without it warns once.
 
@@ -78,6 +79,7 @@ class Decider(nn.Module):
         self.set_keep_ratio(sparsity.keep_ratio)
         self.decisions: list[Decision] = []
         self.execution = 'gather'
+        self.temperature = 1.0
         self.has_ratio_loss = False
         self._warned = False
 
@@ -120,7 +122,7 @@ class Decider(nn.Module):
         (ratio,) = self.keep_ratios
         if self.predictor is not None and self.predictor.training:
             self._warn_without_loss(ratio)
-            return sample_decision(self.predictor(x_BNC), hw, ratio)
+            return sample_decision(self.predictor(x_BNC), hw, ratio, self.temperature)
         if ratio >= 1:
             return keep_all(x_BNC, hw)
         if self.predictor is not None:
