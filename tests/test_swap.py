@@ -28,6 +28,7 @@ ONE_EACH = [next(iter(UPERNET)), next(iter(MASK_RCNN))]
 
 SCRIPT = """
 import json
+import re
 import sys
 
 absent, work_dir, *files = sys.argv[1:]
@@ -96,6 +97,11 @@ def train_one_iteration(file):
     cfg = Config.fromfile(file)
     cfg.model.backbone.type = 'mmdynsparse.Sparse' + cfg.model.backbone.type
     cfg.model.backbone.sparsity = dict(keep_ratio=0.7)
+    cells = dict(keep_ratio=0.5, predictor=dict(type='mmdynsparse.CellPredictor'))
+    heads = dict(decode_head=cells) if 'decode_head' in cfg.model else dict(neck=cells, rpn_head={})
+    for part, sparsity in heads.items():
+        cfg.model[part].type = 'mmdynsparse.Sparse' + cfg.model[part].type
+        cfg.model[part].sparsity = sparsity
     cfg.custom_hooks = [dict(type='mmdynsparse.SparsityHook', weight=10.0)]
     # No download in a test.
     cfg.model.pop('pretrained', None)
@@ -122,12 +128,13 @@ def train_one_iteration(file):
     moment = 'momentum_buffer' if cfg.optim_wrapper.optimizer.type == 'SGD' else 'exp_avg'
     moved = [
         bool(state[parameter][moment].abs().sum() > 0)
-        for name, parameter in runner.model.backbone.named_parameters()
-        if 'predictors.' in name and name.endswith('.weight')
+        for name, parameter in runner.model.named_parameters()
+        if re.search(r'predictors?[.].*weight$', name)
     ]
     stage = runner.model.backbone.stages[2]
     return dict(
         backbone=type(runner.model.backbone).__name__,
+        heads=[type(getattr(runner.model, part)).__name__ for part in heads],
         blocks=len(getattr(stage, 'blocks', stage)),
         decisions=len(runner.model.backbone.decisions),
         losses={
@@ -176,6 +183,8 @@ def test_stock_config_trains_with_the_type_changed(absent, files, imported, tmp_
     for file, result in zip(files, report['results'], strict=True):
         resnet = 'SparseResNetV1c' if 'upernet' in file else 'SparseResNet'
         assert result['backbone'] == ('SparseSwinTransformer' if 'swin' in file else resnet)
+        heads = ['SparseUPerHead'] if 'upernet' in file else ['SparseFPN', 'SparseRPNHead']
+        assert result['heads'] == heads
         assert result['blocks'] == BLOCKS[file]
         assert result['decisions'] == 3
         losses = result['losses']

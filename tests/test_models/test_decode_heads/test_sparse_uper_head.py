@@ -247,3 +247,16 @@ def test_bad_norm_and_sizes():
     first, _, *others = maps()
     with pytest.raises(ValueError, match='half the height and width'):
         head((first, torch.randn(2, 12, 32, 32), *others))
+
+
+@pytest.mark.parametrize('execution', ['gather', 'masked'])
+def test_mixed_precision(execution):
+    """Under autocast both executions run, near the result in single precision."""
+    head = build(dict(keep_ratio=0.4, predictor=PREDICTOR))
+    expected = run(head, maps(), execution)
+    kept = head.decider.decisions[0].mask
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = run(head, maps(), execution)
+    same = head.decider.decisions[0].mask.equal(kept)
+    error = (actual.float() - expected).norm() / expected.norm()
+    assert error < (0.05 if same else 0.5)

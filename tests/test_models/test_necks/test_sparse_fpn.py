@@ -150,3 +150,15 @@ def test_dense_without_sparsity():
     neck = build(sparsity=None)
     assert neck.decider is None
     close(neck(maps()), dense_of(neck)(maps()))
+
+
+@pytest.mark.parametrize('execution', ['gather', 'masked'])
+def test_mixed_precision(execution):
+    """Under autocast both executions run, near the result in single precision."""
+    neck = build()
+    expected = run(neck, maps(), execution)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = run(neck, maps(), execution)
+    for one, other in zip(actual[2:], expected[2:], strict=True):
+        assert (one.float() - other).norm() < 0.05 * other.norm()
+    assert actual[0].isfinite().all()
