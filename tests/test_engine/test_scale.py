@@ -24,6 +24,10 @@ HOOKS = [
     dict(type='mmdynsparse.FreezePretrained', iters=1),
 ]
 
+needs_gloo = pytest.mark.skipif(
+    torch.cuda.is_available(), reason='forked processes cannot use CUDA, where the runner would be'
+)
+
 
 class Dataset(list):
     metainfo: ClassVar[dict] = dict(classes=('ground', 'thing'))
@@ -119,6 +123,7 @@ def split_training(rank, tiny, folder, hooks):
     return train(tiny, folder / 'work', indices, 1, 2, hooks, build, optim_wrapper=wrapper, **DDP)
 
 
+@needs_gloo
 def test_losses_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path, monkeypatch):
     """Two processes that accumulate two images are one batch of four."""
     monkeypatch.setattr(
@@ -143,6 +148,7 @@ def same_images(rank, tiny, folder, run):
     return train(tiny, folder / f'work{run}', (0, 1) * 3, 2, 3, **DDP)
 
 
+@needs_gloo
 def test_noise_depends_on_seed_and_rank(tiny, tmp_path):
     """Both processes see the same images, and a second run is the first one."""
     runs = []
@@ -189,6 +195,15 @@ def test_bfloat16(tiny, tmp_path):
     for a, b in zip(half['losses'], full['losses'], strict=True):
         assert a['loss'] == pytest.approx(b['loss'], rel=0.05) and a['loss'] != b['loss']
     assert all(v.dtype != torch.bfloat16 for v in half['weights'].values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='float16 needs CUDA')
+def test_float16(tiny, tmp_path):
+    wrapper = dict(type='AmpOptimWrapper', dtype='float16', optimizer=dict(type='SGD', lr=0.1))
+    half = train(tiny, tmp_path / 'half', range(4), 2, 2, optim_wrapper=wrapper)
+    full = train(tiny, tmp_path / 'full', range(4), 2, 2)
+    for a, b in zip(half['losses'], full['losses'], strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=0.05)
 
 
 def test_ema_averages_the_student_alone(tiny, tmp_path):
@@ -249,6 +264,7 @@ def sharded_training(rank, tiny, folder, hooks):
     )
 
 
+@needs_gloo
 def test_a_sharded_model_trains_as_a_whole_one(tiny, tmp_path, monkeypatch):
     """Frozen in the first iteration, everything kept; learning in the second, seen in the third."""
     monkeypatch.setattr(
@@ -277,6 +293,7 @@ def sharded_self_teaching(rank, tiny, folder):
         return str(error)
 
 
+@needs_gloo
 def test_a_sharded_model_cannot_be_copied(tiny, tmp_path):
     for message in spawn(sharded_self_teaching, tiny, tmp_path):
         assert "teacher 'self' cannot be copied from a sharded model" in message

@@ -155,3 +155,32 @@ def test_bad_input_prints_one_line(run_tool: Callable, tmp_path: Path) -> None:
     assert lines == [
         f'train.py: error: config must be an existing file, got {str(tmp_path / "none.py")!r}'
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='written for processes on the CPU')
+@pytest.mark.parametrize('task', ['seg', 'det'])
+def test_fine_tuning_in_two_processes(
+    task: str, write_config: Callable, run_tool: Callable, tmp_path: Path
+) -> None:
+    """All hooks of fine-tuning, in mixed precision, interrupted and resumed."""
+    hooks = (
+        "dict(type='mmdynsparse.DistillationHook')",
+        "dict(type='mmdynsparse.KeepRatioSchedule', end=2)",
+        "dict(type='mmdynsparse.TemperatureSchedule', start=2, stop=1, end=2)",
+        "dict(type='mmdynsparse.FreezePretrained', iters=1)",
+        "dict(type='EMAHook')",
+    )
+    extra = f'custom_hooks += [{", ".join(hooks)}]\n'
+    extra += "optim_wrapper['constructor'] = 'mmdynsparse.FineTuneOptimWrapperConstructor'\n"
+    extra += "optim_wrapper['paramwise_cfg'] = dict(pretrained_lr_mult=0.2)\n"
+    config = write_config(task, extra, name=f'{task}_fine_tuning')
+    length = 'max_iters' if task == 'seg' else 'max_epochs'
+    for part in (2, 4):
+        options = ('--amp', '--resume', '--cfg-options', f'train_cfg.{length}={part}')
+        args = (config, 2, '--work-dir', tmp_path / 'work', *options)
+        output = run_tool('dist_train.sh', *args, PORT=free_port())
+        assert ('resumed epoch' in output) == (part == 4)
+        losses = ('loss_distill_logits',) if task == 'seg' else ('distill_rpn', 'distill_roi')
+        assert all(loss in output for loss in ('loss_distill_backbone', *losses))
+        assert 'nan' not in output
