@@ -73,7 +73,7 @@ class DistillationHook(Hook):
         self.teacher = teacher
         self.logit_weight = logit_weight
         self.temperature = temperature
-        self._teacher, self._teacher_classes = None, None
+        self._teacher = None
 
     def before_train(self, runner: Runner) -> None:
         """Make the teacher, compare it with the student and add the losses."""
@@ -178,6 +178,12 @@ class DistillationHook(Hook):
     ) -> Tensor:
         module = self._teacher.get_submodule(head)
         if head == SEGMENTOR:
+            if not isinstance(student, Tensor):
+                raise ValueError(
+                    'logit_weight needs a decode_head that returns one map of logits in training '
+                    f'(set it to 0 elsewhere), got a {type(student).__name__} '
+                    f'of {type(module).__name__}'
+                )
             sigmoid = student.shape[1] == 1
             kl_BHW = self._kl(head, student, teacher, sigmoid)
             if samples:

@@ -313,3 +313,12 @@ def test_models_without_logits_that_can_be_compared(training):
         training(DistillationHook())
     log = training(DistillationHook(logit_weight=0, features=dict(backbone=3.0)), iters=2).log
     assert log[1]['loss_distill_backbone'] > 0
+
+
+def test_a_head_that_returns_several_maps_in_training(start, tiny):
+    model, _ = start('seg')
+    head = model.decode_head
+    head.conv_seg.register_forward_hook(lambda m, args, out: (out, out))
+    head.loss_by_feat = lambda logits, samples: dict(loss=logits[0].sum())
+    with pytest.raises(ValueError, match=r'one map of logits in training .* a tuple of UPerHead'):
+        losses_of(tiny, model, 'seg')
