@@ -116,7 +116,8 @@ class ConvNeXtBlock(BaseModule):
 class SparseConvNeXt(SparseBackbone):
     """ConvNeXt that sends a part of its locations through the MLPs.
 
-    Maps are kept channels last in memory, so that a location's channels are contiguous.
+    Maps are kept channels last in memory, so that a location's channels are contiguous; those that
+    are returned are not.
 
     Args:
         arch: A name ('tiny', 'small', 'base', 'large', ...) or dict(depths=..., channels=...).
@@ -238,7 +239,8 @@ class SparseConvNeXt(SparseBackbone):
     def _output(self, x: Tensor, norm: nn.Module) -> Tensor:
         if self.gap_before_final_norm:
             return norm(x.mean((2, 3), keepdim=True)).flatten(1)
-        return norm(x)
+        # Operators such as RoIAlign read any map as if it were contiguous.
+        return norm(x).contiguous()
 
     def train(self, mode: bool = True) -> 'SparseConvNeXt':
         """Set the training mode; frozen stages stay in eval mode, without gradients."""

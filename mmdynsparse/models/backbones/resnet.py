@@ -61,7 +61,7 @@ class SparseResNet(SparseBackbone):
     A decision is made for cells of g x g positions and holds for the blocks up to the next
     predictor. A block without a projection of its identity can be sparse, that is, every block but
     the first of a stage. Kept cells get the block's residual; the others stay as they are, or get
-    the fast path's. Maps are kept channels last in memory.
+    the fast path's. Maps are kept channels last in memory on the way.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -221,7 +221,8 @@ class SparseResNet(SparseBackbone):
         for i in range(max(self.out_indices) + 1):
             x = self._stage(x, i, predictors)
             if i in self.out_indices:
-                outs.append(x)
+                # Operators such as RoIAlign read any map as if it were contiguous.
+                outs.append(x.contiguous())
         return tuple(outs)
 
     def _stem(self, x: Tensor) -> Tensor:

@@ -192,6 +192,13 @@ def test_outputs_are_those_asked_for(build):
     assert all(p.requires_grad == (p.grad is not None) for p in model.parameters())
 
 
+@pytest.mark.parametrize('training', [False, True])
+def test_maps_are_contiguous(build, training):
+    """mmcv's RoIAlign, for one, gives wrong values for maps in another layout."""
+    outs = build().train(training)(torch.randn(2, 3, 64, 96))
+    assert all(out.is_contiguous() for out in outs)
+
+
 def test_checkpoint_round_trip(build, tmp_path):
     models = [build(), build()]
     for p in models[1].parameters():
