@@ -1,4 +1,5 @@
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmdynsparse.analysis.dense import _arguments, build_pair, dense_config
 
+CONFIGS = Path(__file__).parents[2] / 'configs' / 'sparse_heads'
 SWIN = dict(
     type='mmdynsparse.SparseSwinTransformer',
     embed_dims=12,
@@ -96,3 +98,27 @@ def test_a_config_without_a_sparse_part(scope):
         dense_config(cfg.model)
     with pytest.raises(ValueError, match=r'with sparsity, got none among mmdynsparse.SparseSwin'):
         dense_config({**SWIN, 'sparsity': None})
+
+
+def test_sparse_head_of_a_segmentor(scope):
+    """Backbone and head are replaced, each by its original, with the same weights."""
+    scope('mmseg')
+    path = CONFIGS / 'sparse-swin-n_sparse-upernet_1xb8-2k_camvid-256x256.py'
+    model = Config.fromfile(path).model
+    sparse, dense, originals = build_pair(model)
+    assert originals == ['mmseg.SwinTransformer', 'mmseg.UPerHead']
+    assert type(dense.decode_head).__module__.startswith('mmseg.')
+    sparse.backbone.set_keep_ratio(1.0)
+    sparse.decode_head.decider.set_keep_ratio(1.0)
+    sparse.decode_head.resolution = False
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(images), dense(images), atol=1e-4, rtol=1e-4)
+
+
+def test_sparse_neck_and_head_of_a_detector(scope):
+    scope('mmdet')
+    path = CONFIGS / 'mask-rcnn_sparse-swin-n_sparse-fpn_1xb2-2k_camvid.py'
+    cfg, originals = dense_config(Config.fromfile(path).model)
+    assert originals == ['mmdet.SwinTransformer', 'mmdet.FPN', 'mmdet.RPNHead']
+    assert 'sparsity' not in cfg['neck'] and 'sparsity' not in cfg['rpn_head']
