@@ -1,7 +1,7 @@
 """Decisions for the cells of a map in a neck or head."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -159,7 +159,7 @@ class Features(tuple):
     decision: Decision
     cell_size: int
 
-    def __new__(cls, maps: tuple, decision: Decision, cell_size: int) -> 'Features':
+    def __new__(cls, maps: Iterable[Tensor], decision: Decision, cell_size: int) -> 'Features':
         """Make the tuple of ``maps``."""
         self = super().__new__(cls, maps)
         self.decision = decision

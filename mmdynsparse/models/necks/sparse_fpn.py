@@ -90,7 +90,8 @@ class SparseFPN(FPN):
         grid = cell_grid(tuple(inputs[self.start_level].shape[2:]), self.cell_size)
         if self.decider.keeps_all:
             decision = self.decider.keep_all(inputs[self.start_level], grid)
-            return Features(super().forward(inputs), decision, self.cell_size)
+            outs = (x.contiguous() for x in super().forward(inputs))
+            return Features(outs, decision, self.cell_size)
         maps = inputs[self.start_level : self.backbone_end_level]
         laterals = self._laterals(maps)
         decision = self._decide(laterals[0], grid)

@@ -91,6 +91,9 @@ def test_gathered_is_masked(kwargs, hw):
     assert gathered.decision.mask.equal(masked.decision.mask)
     close(gathered, masked)
     assert all(x.is_contiguous() for x in (*gathered, *masked))
+    neck.decider.set_keep_ratio(1.0)
+    last = [x.contiguous(memory_format=torch.channels_last) for x in maps(hw)]
+    assert all(x.is_contiguous() for x in run(neck, last))
 
 
 @pytest.mark.parametrize('case', ['nothing', 'uneven'])
