@@ -122,3 +122,27 @@ def test_sparse_neck_and_head_of_a_detector(scope):
     cfg, originals = dense_config(Config.fromfile(path).model)
     assert originals == ['mmdet.SwinTransformer', 'mmdet.FPN', 'mmdet.RPNHead']
     assert 'sparsity' not in cfg['neck'] and 'sparsity' not in cfg['rpn_head']
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        'sparse_resnet/mask-rcnn_sparse-r50-n_fpn_1xb2-2k_camvid.py',
+        'sparse_heads/mask-rcnn_sparse-swin-n_sparse-fpn_1xb2-2k_camvid.py',
+    ],
+)
+def test_regions_of_a_detector_see_the_dense_features(path, scope):
+    """Down to mmcv's RoIAlign, which reads any map as if it were contiguous."""
+    scope('mmdet')
+    sparse, dense, _ = build_pair(Config.fromfile(CONFIGS.parent / path).model)
+    for part in (sparse.backbone, getattr(sparse.neck, 'decider', None)):
+        if part is not None:
+            part.set_keep_ratio(1.0)
+    images = torch.randn(2, 3, 128, 160)
+    rois = torch.tensor([[0, 5.0, 7.0, 40.0, 60.0], [1, 0.0, 0.0, 159.0, 127.0]])
+    with torch.no_grad():
+        ours, original = (
+            model.roi_head.bbox_roi_extractor(model.extract_feat(images)[:4], rois)
+            for model in (sparse, dense)
+        )
+    torch.testing.assert_close(ours, original, atol=1e-4, rtol=1e-4)
