@@ -250,8 +250,8 @@ def test_name_tells_the_setting(path):
 
 
 def _ratio_weight(family, size) -> float:
-    """Return the published weight of the ratio loss; ResNet has that of the other CNN."""
-    if family not in ('vit', 'deit'):
+    """Return the published weight of the ratio loss; ours have that of the other CNN."""
+    if family not in ('vit', 'deit') or size == 'n':
         return 10.0
     return 5.0 if size == 'b' else 2.0
 

@@ -2,4 +2,4 @@ _base_ = './vit-n_mln_upernet_1xb8-2k_camvid-256x256.py'
 model = dict(
     backbone=dict(type='mmdynsparse.SparseVisionTransformer', sparsity=dict(keep_ratio=0.7))
 )
-custom_hooks = [dict(type='mmdynsparse.SparsityHook', weight=2.0)]
+custom_hooks = [dict(type='mmdynsparse.SparsityHook', weight=10.0)]
