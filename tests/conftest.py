@@ -13,6 +13,11 @@ import torch
 TINY_SWIN = dict(embed_dims=24, depths=(2, 2, 6, 2), num_heads=(2, 3, 6, 6))
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """Run tests that fork first: autograd refuses a fork after something was compiled."""
+    items.sort(key=lambda item: 'test_engine' not in item.nodeid)
+
+
 @pytest.fixture(scope='session')
 def recorded() -> Path:
     """Folder with recorded reference outputs, real data and dense checkpoints."""

@@ -14,7 +14,13 @@ from mmdynsparse.utils.input_checks import (
     check_not_empty,
     check_weights,
 )
-from mmdynsparse.utils.launch import ToolParser, build_runner, load_config, one_line_errors
+from mmdynsparse.utils.launch import (
+    ToolParser,
+    build_runner,
+    leave_process_group,
+    load_config,
+    one_line_errors,
+)
 
 FLIP_META_KEYS = (
     'img_id',
@@ -154,3 +160,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == '__main__':
     main()
+    leave_process_group()

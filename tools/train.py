@@ -9,6 +9,7 @@ from mmdynsparse.utils.input_checks import check_not_empty, check_training_input
 from mmdynsparse.utils.launch import (
     ToolParser,
     build_runner,
+    leave_process_group,
     load_config,
     one_line_errors,
     set_resume,
@@ -93,3 +94,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == '__main__':
     main()
+    leave_process_group()

@@ -85,7 +85,7 @@ def cell_table(x_BCHW: Tensor) -> Tensor:
     b, c, h, w = x_BCHW.shape
     table = x_BCHW.new_empty(b * h * w + 2, c)
     table_map(table, b, (h, w)).copy_(x_BCHW)
-    table[-2:] = 0
+    table[-2:].zero_()
     return table
 
 
@@ -106,7 +106,7 @@ def sparse_table(values_RC: Tensor, rows_R: Tensor, positions: int) -> Tensor:
     """
     table = values_RC.new_empty(positions + 2, values_RC.shape[1])
     table.index_copy_(0, rows_R, values_RC)
-    table[positions] = 0
+    table[positions].zero_()
     return table
 
 

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 # oneDNN's matrix product, which torch.compile uses as well. F.linear calls the BLAS library
 # instead; MKL reaches half of oneDNN's speed on AMD processors (benchmarks/README.md). None where
@@ -34,8 +33,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 
 
 def _runs_in_one_dnn(x: Tensor) -> bool:
-    # A compiler chooses by itself, and what is traced shall contain public operators only.
+    # A compiler chooses by itself; what is traced, or looked at by a mode such as FlopCounterMode,
+    # shall consist of public operators.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0:
         return False
     return (
         x.device.type == 'cpu'
@@ -45,11 +47,3 @@ def _runs_in_one_dnn(x: Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled('cpu')
     )
-
-
-def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * x_shape.numel() * weight_shape[0]
-
-
-if _ONE_DNN is not None:
-    register_flop_formula(_ONE_DNN)(_linear_flops)

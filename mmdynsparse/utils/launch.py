@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
 
+import torch.distributed as dist
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -176,3 +177,9 @@ def set_resume(cfg: Config, resume: str | None) -> None:
 def build_runner(cfg: Config) -> Runner:
     """Builds the config's own runner where ``runner_type`` names one, mmengine's otherwise."""
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def leave_process_group() -> None:
+    """End the communication of a distributed run, whose threads may abort the exit otherwise."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

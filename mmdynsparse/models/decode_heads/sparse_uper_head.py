@@ -242,12 +242,13 @@ class SparseUPerHead(UPerHead):
         with region('gather'):
             near = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).index_select(0, rows.near)
         # As one image of R x 1 positions: R images of one position are several times slower.
-        near = conv_module(self.lateral_convs[0], near.t().unsqueeze(0).unsqueeze(-1))
+        near = near.view(1, -1, 1, near.shape[1]).permute(0, 3, 1, 2)
+        near = conv_module(self.lateral_convs[0], near)
         # One more row, of zeros, for the padding; in place, because another table of this size
         # costs page faults.
         laterals = self._rows(coarse.lateral, F.pad(rows.near, (0, 1)), hw)
         laterals[:-1] += tile_rows(near)
-        laterals[-1] = 0
+        laterals[-1].zero_()
         tiles = self._tiles(laterals, rows.tile_of_near)
         kept = tile_rows(conv_module(self.fpn_convs[0], tiles, padding=0))
         first = sparse_table(self._rows(coarse.fine_in, rows.near, hw), rows.near, size)

@@ -184,7 +184,7 @@ class SparseFPN(FPN):
             near = self._in_memory(x).permute(0, 2, 3, 1).flatten(0, 2).index_select(0, rows_R)
         with region('slow path'):
             # As one image of R x 1 positions: R images of one position are several times slower.
-            near = near.t().unsqueeze(0).unsqueeze(-1)
+            near = near.view(1, -1, 1, near.shape[1]).permute(0, 3, 1, 2)
             near = tile_rows(conv_module(self.lateral_convs[level], near))
         with region('gather'):
             sources = _nearest_rows(len(x), hw, tuple(coarse.shape[2:]), x.device)
@@ -192,7 +192,7 @@ class SparseFPN(FPN):
             rows = coarse.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sources)
             # In place: another table of this size costs page faults.
             rows[:-1] += near
-            rows[-1] = 0
+            rows[-1].zero_()
             return rows
 
     def _with_extra(
