@@ -221,8 +221,11 @@ class SparseResNet(SparseBackbone):
         for i in range(max(self.out_indices) + 1):
             x = self._stage(x, i, predictors)
             if i in self.out_indices:
-                # Operators such as RoIAlign read any map as if it were contiguous.
-                outs.append(x.contiguous())
+                outs.append(x)
+        # Operators such as RoIAlign read any map as if it were contiguous. One after the other, so
+        # that at no time there are two copies of all.
+        for i in range(len(outs)):
+            outs[i] = outs[i].contiguous()
         return tuple(outs)
 
     def _stem(self, x: Tensor) -> Tensor:
