@@ -122,7 +122,8 @@ class Decider(nn.Module):
         (ratio,) = self.keep_ratios
         if self.predictor is not None and self.predictor.training:
             self._warn_without_loss(ratio)
-            return sample_decision(self.predictor(x_BNC), hw, ratio, self.temperature)
+            scores = self.predictor(x_BNC)
+            return sample_decision(scores, hw, ratio, self.temperature, self.selector)
         if ratio >= 1:
             return keep_all(x_BNC, hw)
         if self.predictor is not None:

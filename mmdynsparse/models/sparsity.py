@@ -28,7 +28,8 @@ class Sparsity:
             ``keep_ratio``. Defaults to 'subtract'.
         selector: How locations are selected at inference: 'topk' keeps a fixed share of each
             image; 'threshold' (P(keep) > 0.5) and 'mass' (the fewest locations that hold
-            ``keep_ratio`` of the sum of P(keep)) adapt to the image. Defaults to 'topk'.
+            ``keep_ratio`` of the sum of P(keep)) adapt to the image; 'random', in training too,
+            is the control that shows what the predictors learn. Defaults to 'topk'.
         predictor: Config of the predictor. Defaults to the published one.
         fast_path: Config of the path of dropped locations, or None to leave them unchanged.
             Defaults to the published one.

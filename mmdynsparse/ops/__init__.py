@@ -17,6 +17,7 @@ from .linear import linear
 from .regions import REGIONS, region
 from .resize import enlarge_rows
 from .select import (
+    FIXED_BUDGET,
     SELECTORS,
     Decision,
     keep_all,
@@ -30,6 +31,7 @@ from .two_paths import two_paths
 from .windows import WindowLayout, head_rows, relative_position_index, shift_mask, window_layout
 
 __all__ = [
+    'FIXED_BUDGET',
     'REGIONS',
     'SELECTORS',
     'CellRows',

@@ -49,7 +49,11 @@ def keep_all(x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
 
 
 def sample_decision(
-    log_probs_BN2: Tensor, hw: tuple[int, int], ratio: float, temperature: float = 1.0
+    log_probs_BN2: Tensor,
+    hw: tuple[int, int],
+    ratio: float,
+    temperature: float = 1.0,
+    selector: str = 'topk',
 ) -> Decision:
     """Sample a decision for training, with a gradient for the predictor.
 
@@ -63,11 +67,17 @@ def sample_decision(
         ratio: Target keep ratio in (0, 1].
         temperature: Of the Gumbel-softmax, > 0; it changes the gradient, not how often a location
             is kept. Defaults to 1.
+        selector: How locations will be selected at inference. 'random' selects them so here too,
+            and its gradient is zero; no other makes a difference. Defaults to 'topk'.
     """
     log_probs_BN2 = log_probs_BN2.float()
     if ratio >= 1:
         soft_BN = log_probs_BN2[..., 0].exp()
         hard_BN = torch.ones_like(soft_BN)
+    elif selector == 'random':
+        # Zero, but a part of the graph: distributed training wants a gradient for each parameter.
+        soft_BN = 0 * log_probs_BN2[..., 0].exp()
+        hard_BN = random_mask(log_probs_BN2[..., 0].detach(), ratio)
     else:
         soft_BN = F.gumbel_softmax(log_probs_BN2, tau=temperature, dim=-1)[..., 0]
         hard_BN = (soft_BN > 0.5).float()
@@ -104,7 +114,7 @@ def select_decision(
         if not gather:
             return decision
         return with_positions(
-            decision, num_kept(mask_BN.shape[1], ratio) if selector == 'topk' else None
+            decision, num_kept(mask_BN.shape[1], ratio) if selector in FIXED_BUDGET else None
         )
 
 
@@ -154,11 +164,23 @@ def mass_mask(scores_BN: Tensor, ratio: float) -> Tensor:
     return torch.zeros_like(scores_BN).scatter_(1, order_BN, keep_BN)
 
 
+def random_mask(scores_BN: Tensor, ratio: float) -> Tensor:
+    """Keep ``int(N * ratio)`` random locations of each image, the control of what is learned.
+
+    A location whose score is minus infinity is only kept when there are no others left.
+    """
+    noise_BN = torch.rand_like(scores_BN).masked_fill(scores_BN == -torch.inf, -1.0)
+    return topk_mask(noise_BN, ratio)
+
+
 SELECTORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     'topk': topk_mask,
     'threshold': threshold_mask,
     'mass': mass_mask,
+    'random': random_mask,
 }
+# Those that keep the same number of locations in every image.
+FIXED_BUDGET = ('topk', 'random')
 
 
 def _refuse_nan(scores_BN: Tensor) -> None:

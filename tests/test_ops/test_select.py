@@ -45,6 +45,31 @@ def test_mass_keeps_the_fewest_that_hold_the_share():
     assert mask[1].sum() == 3
 
 
+def test_random_keeps_a_fixed_number_whatever_the_scores():
+    scores = log_probs(2, 1000)
+    masks = [select_decision(scores, (10, 100), 0.3, 'random').mask for _ in range(2)]
+    assert all(mask.sum(1).tolist() == [300, 300] for mask in masks)
+    # Two independent draws agree in 58% of the places, give or take 2%.
+    assert (masks[0] == masks[1]).float().mean() < 0.7
+    best = select_decision(scores, (10, 100), 0.3).mask
+    assert (masks[0] * best).sum() / 600 == pytest.approx(0.3, abs=0.1)
+
+
+def test_random_leaves_out_what_cannot_be_kept():
+    scores = torch.zeros(1, 10, 2)
+    scores[0, :6] = -torch.inf
+    mask = select_decision(scores, (2, 5), 0.3, 'random').mask
+    assert mask[0, :6].sum() == 0 and mask.sum() == 3
+
+
+def test_random_sampling_teaches_nothing_but_reaches_every_parameter():
+    logits = torch.randn(4, 30, 2, requires_grad=True)
+    decision = sample_decision(logits.log_softmax(-1), (5, 6), 0.5, selector='random')
+    assert decision.mask.sum(1).tolist() == [15] * 4
+    decision.mask.square().sum().backward()
+    assert logits.grad.abs().max() == 0
+
+
 @pytest.mark.parametrize('selector', SELECTORS)
 def test_positions_are_the_sorted_mask(selector):
     decision = select_decision(log_probs(3, 40), (5, 8), 0.6, selector)

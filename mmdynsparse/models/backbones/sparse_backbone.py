@@ -102,7 +102,8 @@ class SparseBackbone(BaseModule):
         """
         ratio = self.keep_ratios[len(self.decisions)]
         if predictor.training:
-            decision = sample_decision(predictor(x_BNC), hw, ratio, self.temperature)
+            selector = self.sparsity.selector
+            decision = sample_decision(predictor(x_BNC), hw, ratio, self.temperature, selector)
         elif ratio >= 1:
             decision = keep_all(x_BNC, hw)
         else:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...layers import FFN, PatchEmbed, TokenMSA
 from ...ops import (
+    FIXED_BUDGET,
     Decision,
     TokenSubset,
     keep_all,
@@ -307,20 +308,21 @@ class SparseVisionTransformer(SparseBackbone):
         if self.decisions and not self.reactivate:
             among_BN = self.decisions[-1].mask
         log_probs = self._score(whole_BTC, predictor, among_BN, subset)
+        selector = self.sparsity.selector
+        if among_BN is not None and (not self.training or selector == 'random'):
+            log_probs = log_probs.masked_fill(among_BN.unsqueeze(-1) == 0, -torch.inf)
         if self.training:
-            decision = sample_decision(log_probs, hw, ratio, self.temperature)
+            decision = sample_decision(log_probs, hw, ratio, self.temperature, selector)
             if among_BN is not None:
                 decision = Decision(decision.mask * among_BN, *decision[1:])
         else:
-            if among_BN is not None:
-                log_probs = log_probs.masked_fill(among_BN.unsqueeze(-1) == 0, -torch.inf)
-            decision = select_decision(log_probs, hw, ratio, self.sparsity.selector, gather=False)
+            decision = select_decision(log_probs, hw, ratio, selector, gather=False)
         self.decisions.append(decision)
         # The class token is always kept.
         mask_BT = nn.functional.pad(decision.mask, (int(self.with_cls_token), 0), value=1.0)
         if not gather:
             return whole_BTC, None, mask_BT
-        fixed = not self.training and self.sparsity.selector == 'topk'
+        fixed = not self.training and selector in FIXED_BUDGET
         n = decision.mask.shape[1]
         count = num_kept(n, ratio) + int(self.with_cls_token) if fixed else None
         subset = token_subset(mask_BT.detach(), count)

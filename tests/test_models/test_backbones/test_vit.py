@@ -30,6 +30,7 @@ def run_both(model, x):
     with torch.no_grad():
         for execution in ('masked', 'gather'):
             model.execution = execution
+            torch.manual_seed(1)  # selector 'random' draws
             outs.append(model(x))
             masks.append([d.mask for d in model.decisions])
     return outs, masks
@@ -135,6 +136,16 @@ def test_dropped_tokens_stay_dropped_and_keep_their_value(randomize):
     dropped = masks[0].view(2, 1, 4, 6).expand_as(early) == 0
     assert torch.equal(early[dropped], late[dropped])
     assert not torch.equal(early[~dropped], late[~dropped])
+
+
+def test_random_drops_train_at_the_budget_of_inference(randomize):
+    model = sparse(randomize, sparsity=dict(keep_ratio=0.7, selector='random')).train()
+    model(torch.randn(2, 3, 64, 96))[-1].square().mean().backward()
+    masks = [d.mask.detach() for d in model.decisions]
+    assert [m.sum(1).tolist() for m in masks] == [[int(24 * r)] * 2 for r in (0.7, 0.49, 0.343)]
+    assert all((later <= earlier).all() for earlier, later in pairwise(masks))
+    grads = [p.grad for p in model.predictors.parameters()]
+    assert all(grad is not None and not grad.any() for grad in grads)
 
 
 def test_reactivated_tokens_come_back(randomize):
