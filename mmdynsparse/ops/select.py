@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cells import cell_means
 from .regions import region
 
 
@@ -134,6 +135,34 @@ def with_positions(decision: Decision, kept_per_image: int | None = None) -> Dec
         kept, dropped = _positions(mask_BN, kept_per_image)
     # torch.compile does not keep what _replace returns as an attribute of the model.
     return Decision(*decision[:4], kept, dropped)
+
+
+def resize_scores(
+    scores_BN: Tensor, hw: tuple[int, int], new_hw: tuple[int, int], cell_size: int = 1
+) -> Tensor:
+    """Carry the scores of a decision over to a map of another size.
+
+    What is averaged or interpolated are logits, log P(keep) - log P(drop).
+
+    Args:
+        scores_BN: log P(keep), (B, N); what is below -20 or above -1e-6 counts as that.
+        hw: Height and width of their map.
+        new_hw: Height and width of the other map, which shows the same area.
+        cell_size: Side g of the cells of the other map that get a score. Defaults to 1, its
+            locations.
+
+    Returns:
+        (B, N', 2) log-probabilities [keep, drop], one pair for each location or cell.
+    """
+    scores_BN = scores_BN.float().clamp(-20.0, -1e-6)
+    logits = scores_BN - (-scores_BN.expm1()).log()
+    logits = logits.unflatten(1, hw).unsqueeze(1)
+    if new_hw[0] > hw[0] or new_hw[1] > hw[1]:
+        logits = F.interpolate(logits, new_hw, mode='bilinear')
+    elif new_hw != hw:
+        logits = F.adaptive_avg_pool2d(logits, new_hw)
+    logits_BN1 = cell_means(logits, cell_size)
+    return F.logsigmoid(torch.cat((logits_BN1, -logits_BN1), -1))
 
 
 def num_kept(num_locations: int, ratio: float) -> int:

@@ -5,6 +5,7 @@ from mmdynsparse.ops import (
     SELECTORS,
     Decision,
     keep_all,
+    resize_scores,
     sample_decision,
     select_decision,
     with_positions,
@@ -142,3 +143,30 @@ def test_temperature_changes_the_gradient_alone():
         grads.append(torch.autograd.grad(mask.sum(), logits)[0])
     assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
     assert not torch.allclose(grads[0], grads[1]) and not torch.allclose(grads[0], grads[2])
+
+
+def test_resized_scores_of_the_same_size_are_the_scores():
+    log_probs_BN2 = log_probs()
+    resized = resize_scores(log_probs_BN2[..., 0], (5, 10), (5, 10))
+    torch.testing.assert_close(resized, log_probs_BN2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('new_hw, size', [((2, 3), 1), ((8, 12), 1), ((4, 6), 2), ((9, 7), 2)])
+def test_resized_scores_are_log_probabilities_of_the_same_places(new_hw, size):
+    """The left half is kept, the right half is not."""
+    probs = torch.tensor([0.9, 0.9, 0.9, 0.1, 0.1, 0.1]).expand(1, 4, 6)
+    resized = resize_scores(probs.flatten(1).log(), (4, 6), new_hw, size)
+    grid = -(-new_hw[0] // size), -(-new_hw[1] // size)
+    assert resized.shape == (1, grid[0] * grid[1], 2)
+    torch.testing.assert_close(resized.exp().sum(-1), torch.ones(1, grid[0] * grid[1]))
+    kept = resized[..., 0].exp().view(grid)
+    torch.testing.assert_close(kept[:, 0], torch.full((grid[0],), 0.9), atol=1e-4, rtol=0)
+    torch.testing.assert_close(kept[:, -1], torch.full((grid[0],), 0.1), atol=1e-4, rtol=0)
+
+
+def test_resized_scores_are_finite_whatever_the_scores():
+    scores = torch.tensor([[0.0, -torch.inf, -1e-12, -200.0, -0.5, -1.0]], requires_grad=True)
+    resized = resize_scores(scores, (2, 3), (4, 6))
+    resized[..., 1].sum().backward()
+    assert resized.isfinite().all() and scores.grad.isfinite().all()
+    assert scores.grad[0, 4:].abs().min() > 0
