@@ -1,0 +1,318 @@
+"""What sparsity costs in accuracy on CamVid, beside the controls.
+
+    python benchmarks/camvid_study.py dense CONFIG --start CHECKPOINT --iters 1500 --out DIR
+    python benchmarks/camvid_study.py run CONFIG --start DIR/dense.pth --out DIR
+    python benchmarks/camvid_study.py report --out DIR --costs BENCHMARK.json
+
+``dense`` trains the dense original of a sparse config on, ``run`` fine-tunes the variants from it
+and evaluates them, each with the programs of ``tools/``. Every finished run leaves a JSON file;
+what has one is not run again. ``report`` makes one file, a table and a plot of them.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmdynsparse.analysis import dense_config
+from mmdynsparse.analysis.report import print_table, write_json
+
+TOOLS = Path(__file__).resolve().parents[1] / 'tools'
+RATIOS = (0.9, 0.7, 0.5)
+# Where the controls of the recipe and the second seed belong.
+MAIN_RATIO = 0.7
+METRICS = {'mIoU': 'mIoU', 'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
+HOOKS = {'no distillation': 'DistillationHook', 'no ratio loss': 'SparsityHook'}
+
+
+class Variant(NamedTuple):
+    """One model of the study.
+
+    Attributes:
+        name: 'dense', 'dense, fine-tuned', 'learned', 'random' or one of ``HOOKS``.
+        ratio: Keep ratio of the backbone's first predictor, or None where the model is dense.
+    """
+
+    name: str
+    ratio: float | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model is the dense original."""
+        return self.ratio is None
+
+    @property
+    def key(self) -> str:
+        """Name of the variant's files."""
+        name = self.name.replace(', ', '-').replace(' ', '-')
+        return name if self.is_dense else f'{name}-{self.ratio}'
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one of the three steps.
+
+    Args:
+        argv: Command line arguments. Defaults to None, those of the process.
+    """
+    args = parse_args(argv)
+    dict(dense=train_dense, run=run_variants, report=report)[args.step](args)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    steps = parser.add_subparsers(dest='step', required=True)
+    dense = steps.add_parser('dense', help='train the dense original on')
+    run = steps.add_parser('run', help='fine-tune and evaluate the variants')
+    for step in (dense, run):
+        step.add_argument('config', type=Path, help='sparse config with the recipe')
+        step.add_argument('--start', type=Path, required=True, help='checkpoint of a dense model')
+        step.add_argument('--iters', type=int, help="length; defaults to the config's")
+    dense.add_argument('--prefix', help="load only these of the checkpoint's weights: 'backbone.'")
+    run.add_argument('--seeds', type=int, nargs='+', default=[0], help='one training for each')
+    run.add_argument(
+        '--variants', nargs='+', help='only those whose key starts so, such as learned-0.7'
+    )
+    summary = steps.add_parser('report', help='table and plot of what has been run')
+    summary.add_argument('--costs', type=Path, help='benchmark.json of tools/analysis_tools')
+    for step in (dense, run, summary):
+        step.add_argument('--out', type=Path, required=True, help='folder of the study')
+    args = parser.parse_args(argv)
+    for name in ('config', 'start', 'costs'):
+        path = getattr(args, name, None)
+        if path is not None and not path.is_file():
+            parser.error(f'{name} must be an existing file, got {path}')
+    if getattr(args, 'iters', None) is not None and args.iters < 1:
+        parser.error(f'--iters must be at least 1, got {args.iters}')
+    return args
+
+
+def variants() -> Iterator[Variant]:
+    """All models of the study, the important ones first."""
+    yield Variant('dense')
+    yield Variant('dense, fine-tuned')
+    for ratio in sorted(RATIOS, key=lambda r: r != MAIN_RATIO):
+        yield Variant('learned', ratio)
+        yield Variant('random', ratio)
+    for name in HOOKS:
+        yield Variant(name, MAIN_RATIO)
+
+
+def train_dense(args: argparse.Namespace) -> None:
+    """Train the dense original at the full learning rate, without the hooks of the recipe."""
+    cfg = as_dense(load_config(args.config))
+    cfg.optim_wrapper.paramwise_cfg.pretrained_lr_mult = 1.0
+    if args.prefix:
+        part = cfg.model[args.prefix.rstrip('.')]
+        part.init_cfg = dict(type='Pretrained', checkpoint=str(args.start), prefix=args.prefix)
+    else:
+        cfg.load_from = str(args.start)
+    checkpoint = train(cfg, args.out / 'dense', args.iters, seed=0)
+    shutil.copyfile(checkpoint, args.out / 'dense.pth')
+
+
+def run_variants(args: argparse.Namespace) -> None:
+    """Fine-tune and evaluate what is not there yet."""
+    for seed in args.seeds:
+        for variant in variants():
+            path = args.out / f'{variant.key}_seed-{seed}.json'
+            wanted = args.variants is None or variant.key.startswith(tuple(args.variants))
+            if wanted and not path.exists():
+                row = run_variant(variant, args, seed)
+                write_json(row, path)
+                print(json.dumps(row))
+
+
+def run_variant(variant: Variant, args: argparse.Namespace, seed: int) -> dict:
+    """Fine-tune and evaluate one variant and return its row of the table."""
+    begin = time.time()
+    cfg = load_config(args.config)
+    cfg = as_dense(cfg) if variant.is_dense else as_sparse(cfg, variant)
+    cfg.load_from = str(args.start)
+    work_dir = args.out / f'{variant.key}_seed-{seed}'
+    row = dict(variant=variant.name, ratio=variant.ratio, seed=seed, config=args.config.name)
+    checkpoint = args.start
+    if variant.name != 'dense':
+        checkpoint = train(cfg, work_dir, args.iters, seed)
+        row |= training_summary(work_dir)
+    metrics = evaluate(cfg, checkpoint, work_dir)
+    row['metrics'] = {METRICS[k]: v for k, v in metrics.items() if k in METRICS}
+    row['keep_rates'] = [v for k, v in metrics.items() if k.startswith('eval_keep_rate_')]
+    return row | dict(minutes=round((time.time() - begin) / 60, 1))
+
+
+def load_config(path: Path) -> Config:
+    """Load a config and set the scope in which its types are looked up."""
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    return cfg
+
+
+def as_dense(cfg: Config) -> Config:
+    """The dense original of the model, trained without the hooks of the recipe."""
+    cfg.model = dense_config(cfg.model).model
+    cfg.custom_hooks = []
+    return cfg
+
+
+def as_sparse(cfg: Config, variant: Variant) -> Config:
+    """The config of a sparse variant."""
+    ratio = cfg.model.backbone.sparsity.keep_ratio
+    several = isinstance(ratio, list)
+    cfg.model.backbone.sparsity.keep_ratio = (
+        [variant.ratio] * len(ratio) if several else variant.ratio
+    )
+    if variant.name == 'random':
+        for part in cfg.model.values():
+            if isinstance(part, dict) and part.get('sparsity'):
+                part.sparsity.selector = 'random'
+    for hook in cfg.custom_hooks:
+        if hook.type.endswith(HOOKS.get(variant.name, 'none of them')):
+            # Without its ratio loss the hook still measures keep rates.
+            hook.update(weight=0.0) if 'Sparsity' in hook.type else cfg.custom_hooks.remove(hook)
+    return cfg
+
+
+def train(cfg: Config, work_dir: Path, iters: int | None, seed: int) -> Path:
+    """Train with ``tools/train.py`` and return the last checkpoint."""
+    iters = iters or cfg.train_cfg.max_iters
+    cfg.train_cfg.max_iters = iters
+    cfg.train_cfg.val_interval = iters + 1  # evaluated afterwards
+    cfg.param_scheduler[-1].end = iters
+    cfg.default_hooks.checkpoint.update(interval=iters, save_optimizer=False)
+    cfg.default_hooks.logger.interval = 10
+    cfg.randomness = dict(seed=seed)
+    path = work_dir / 'config.py'
+    work_dir.mkdir(parents=True, exist_ok=True)
+    cfg.dump(path)
+    call(work_dir / 'train.txt', 'train.py', path, '--work-dir', work_dir)
+    return Path((work_dir / 'last_checkpoint').read_text().strip())
+
+
+def evaluate(cfg: Config, checkpoint: Path, work_dir: Path) -> dict:
+    """Evaluate with ``tools/test.py`` and return the metrics that it wrote."""
+    cfg.randomness = dict(seed=0)  # what random selection draws
+    path = work_dir / 'config.py'
+    work_dir.mkdir(parents=True, exist_ok=True)
+    cfg.dump(path)
+    call(work_dir / 'test.txt', 'test.py', path, checkpoint, '--work-dir', work_dir / 'test')
+    return json.loads(max((work_dir / 'test').glob('*/*.json')).read_text())
+
+
+def call(log: Path, *command: object) -> None:
+    """Run a program of ``tools/``, its output in a file; one that fails ends the study."""
+    command = [sys.executable, str(TOOLS / str(command[0])), *map(str, command[1:])]
+    with log.open('w') as file:
+        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
+            sys.exit(f'{Path(command[1]).name} failed, all its output is in {log}')
+
+
+def training_summary(work_dir: Path) -> dict:
+    """Mean losses of the first and the last fifth of a training and its last keep rates."""
+    (path,) = work_dir.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if 'loss' in line]
+    part = max(len(lines) // 5, 1)
+    names = [k for k in lines[-1] if k.startswith('keep_rate_')]
+    return dict(
+        iters=lines[-1]['step'],
+        loss=[mean(lines[:part], 'loss'), mean(lines[-part:], 'loss')],
+        sampled_keep_rates=[mean(lines[-part:], name) for name in names],
+    )
+
+
+def mean(lines: Sequence[Mapping], key: str) -> float:
+    """Mean of one value of log lines."""
+    return float(np.mean([line[key] for line in lines]))
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print one line for each variant and write all rows, and a plot if costs are known."""
+    rows = [json.loads(path.read_text()) for path in sorted(args.out.glob('*_seed-*.json'))]
+    if not rows:
+        sys.exit(f'--out must hold results of the step run, got none in {args.out}')
+    costs = read_costs(args.costs) if args.costs else {}
+    table = summarize(rows, costs)
+    metrics = list(rows[0]['metrics'])
+    names = list(next(iter(costs.values()), {}))
+    header = ('variant', 'keep ratio', 'seeds', *metrics, 'keep rates', *names)
+    print_table('CamVid', header, [cells(line, metrics, names) for line in table])
+    result = dict(rows=rows, table=table)
+    write_json(result, args.out / 'study.json')
+    if costs:
+        plot(table, metrics[0], args.out / 'accuracy-latency.png')
+
+
+def read_costs(path: Path) -> dict[float | None, dict]:
+    """Multiply-adds and latency of backbone and whole model by the first keep ratio."""
+    costs = defaultdict(dict)
+    for row in json.loads(path.read_text())['rows']:
+        ratio, part = next(iter(row['keep_ratios']), None), row['part']
+        costs[ratio][f'GMACs {part}'] = row['gmacs']
+        costs[ratio][f'ms {part}'] = row['median']
+        costs[ratio][f'speed-up {part}'] = row['speed_up']
+    return dict(costs)
+
+
+def summarize(rows: Sequence[Mapping], costs: Mapping) -> list[dict]:
+    """Mean and spread over the seeds of each variant, in the order of ``variants``."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[Variant(row['variant'], row['ratio'])].append(row)
+    table = []
+    for variant in [v for v in variants() if v in groups]:
+        group = groups[variant]
+        metrics = {k: [row['metrics'][k] for row in group] for k in group[0]['metrics']}
+        rates = np.mean([row['keep_rates'] for row in group], axis=0).tolist()
+        line = dict(variant=variant.name, ratio=variant.ratio, metrics=metrics, keep_rates=rates)
+        table.append(line | dict(costs=costs.get(variant.ratio, {})))
+    return table
+
+
+def cells(line: Mapping, metrics: Sequence[str], costs: Sequence[str]) -> list[str]:
+    """One line of the table as text."""
+    values = [line['metrics'][k] for k in metrics]
+    return [
+        line['variant'],
+        '' if line['ratio'] is None else str(line['ratio']),
+        str(len(values[0])),
+        *(', '.join(f'{seed:.2f}' for seed in v) for v in values),
+        ' '.join(f'{rate:.2f}' for rate in line['keep_rates']),
+        *(f'{line["costs"][k]:.2f}' if k in line['costs'] else '' for k in costs),
+    ]
+
+
+def plot(table: Sequence[Mapping], metric: str, path: Path) -> None:
+    """Draw accuracy against the whole model's latency."""
+    figure = Figure(figsize=(7, 5))
+    axes = figure.add_subplot()
+    names = dict.fromkeys(line['variant'] for line in table)
+    for name in names:
+        lines = sorted(
+            (ln for ln in table if ln['variant'] == name and ln['costs']),
+            key=lambda ln: ln['costs']['ms whole'],
+        )
+        values = [np.mean(ln['metrics'][metric]) for ln in lines]
+        axes.plot([ln['costs']['ms whole'] for ln in lines], values, 'o-', label=name)
+        for ln, value in zip(lines, values, strict=True):
+            if ln['ratio'] is not None:
+                axes.annotate(f' {ln["ratio"]}', (ln['costs']['ms whole'], value))
+    axes.set(xlabel='latency of the whole model, ms', ylabel=metric)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, bbox_inches='tight')
+
+
+if __name__ == '__main__':
+    main()
