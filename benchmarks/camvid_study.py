@@ -111,8 +111,7 @@ def variants() -> Iterator[Variant]:
 
 def train_dense(args: argparse.Namespace) -> None:
     """Train the dense original at the full learning rate, without the hooks of the recipe."""
-    cfg = as_dense(load_config(args.config))
-    cfg.optim_wrapper.paramwise_cfg.pretrained_lr_mult = 1.0
+    cfg = as_dense(load_config(args.config), pretrained=False)
     if args.prefix:
         part = cfg.model[args.prefix.rstrip('.')]
         part.init_cfg = dict(type='Pretrained', checkpoint=str(args.start), prefix=args.prefix)
@@ -159,10 +158,18 @@ def load_config(path: Path) -> Config:
     return cfg
 
 
-def as_dense(cfg: Config) -> Config:
-    """The dense original of the model, trained without the hooks of the recipe."""
+def as_dense(cfg: Config, pretrained: bool = True) -> Config:
+    """The dense original of the model, trained without the hooks of the recipe.
+
+    Its learning rate is that of the recipe's pretrained parameters, or of the new ones.
+    """
     cfg.model = dense_config(cfg.model).model
     cfg.custom_hooks = []
+    paramwise = cfg.optim_wrapper.paramwise_cfg
+    factor = paramwise.pop('pretrained_lr_mult')
+    cfg.optim_wrapper.constructor = paramwise.pop('constructor', 'DefaultOptimWrapperConstructor')
+    if pretrained:
+        cfg.optim_wrapper.optimizer.lr *= factor
     return cfg
 
 

@@ -1,0 +1,94 @@
+"""benchmarks/camvid_study.py."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+SCHEDULE = """
+param_scheduler = [dict(type='PolyLR', by_epoch=False, end=2)]
+optim_wrapper['constructor'] = 'mmdynsparse.FineTuneOptimWrapperConstructor'
+optim_wrapper['paramwise_cfg'] = dict(pretrained_lr_mult=0.2)
+custom_hooks = [
+    dict(type='mmdynsparse.SparsityHook', weight=10.0),
+    dict(type='mmdynsparse.DistillationHook'),
+]
+"""
+
+
+@pytest.fixture
+def study(load_tool: Callable) -> ModuleType:
+    return load_tool('../benchmarks/camvid_study.py')
+
+
+@pytest.fixture
+def config(write_config: Callable) -> Path:
+    return write_config('seg', SCHEDULE, name='study')
+
+
+def sparse(study: ModuleType, config: Path, name: str, ratio: float) -> Config:
+    return study.as_sparse(Config.fromfile(config), study.Variant(name, ratio))
+
+
+def test_variants_differ_in_what_their_names_say(study: ModuleType, config: Path) -> None:
+    learned = sparse(study, config, 'learned', 0.6)
+    assert learned.model.backbone.sparsity.keep_ratio == 0.6
+    assert learned.custom_hooks == Config.fromfile(config).custom_hooks
+    control = sparse(study, config, 'random', 0.6)
+    assert control.model.backbone.sparsity.pop('selector') == 'random'
+    learned.model.backbone.sparsity.pop('selector', None)
+    assert control.to_dict() == learned.to_dict()
+    (hook,) = sparse(study, config, 'no distillation', 0.6).custom_hooks
+    assert hook.type == 'mmdynsparse.SparsityHook' and hook.weight == 10
+    hook, _ = sparse(study, config, 'no ratio loss', 0.6).custom_hooks
+    assert hook.type == 'mmdynsparse.SparsityHook' and hook.weight == 0
+    dense = study.as_dense(study.load_config(config))
+    assert dense.model.backbone.type == 'SwinTransformer' and not dense.custom_hooks
+    assert dense.optim_wrapper.optimizer.lr == pytest.approx(2e-4)
+    scratch = study.as_dense(study.load_config(config), pretrained=False)
+    assert scratch.optim_wrapper.optimizer.lr == pytest.approx(1e-3)
+
+
+@pytest.mark.slow
+def test_runs_and_reports(study: ModuleType, config: Path, tmp_path: Path) -> None:
+    cfg = study.as_dense(study.load_config(config))
+    init_default_scope(cfg.default_scope)
+    start, out = tmp_path / 'start.pth', tmp_path / 'out'
+    torch.save(MODELS.build(cfg.model).state_dict(), start)
+    wanted = ['dense', 'learned-0.7']
+    arguments = [config, '--start', start, '--out', out, '--iters', 2, '--variants', *wanted]
+    study.main(['run', *map(str, arguments)])
+    rows = [json.loads(path.read_text()) for path in out.glob('*_seed-0.json')]
+    rows = {row['variant']: row for row in rows}
+    assert rows.keys() == {'dense', 'dense, fine-tuned', 'learned'}
+    assert all(0 <= row['metrics']['mIoU'] <= 100 for row in rows.values())
+    learned = rows['learned']
+    assert len(learned['keep_rates']) == len(learned['sampled_keep_rates']) > 0
+    costs = [
+        dict(part=part, keep_ratios=ratios, gmacs=1.0, median=time, speed_up=2.0 / time)
+        for part in ('backbone', 'whole')
+        for ratios, time in (([], 2.0), ([0.7, 0.5], 1.0))
+    ]
+    (tmp_path / 'benchmark.json').write_text(json.dumps(dict(rows=costs)))
+    study.main(['report', '--out', str(out), '--costs', str(tmp_path / 'benchmark.json')])
+    table = json.loads((out / 'study.json').read_text())['table']
+    assert [line['variant'] for line in table] == ['dense', 'dense, fine-tuned', 'learned']
+    assert table[2]['costs']['speed-up whole'] == 2
+    assert (out / 'accuracy-latency.png').stat().st_size > 1000
+
+
+def test_bad_input(study: ModuleType, config: Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments in (
+        ['run', config, '--start', 'nowhere.pth', '--out', 'out'],
+        ['run', config, '--start', config, '--out', 'out', '--iters', 0],
+    ):
+        with pytest.raises(SystemExit):
+            study.main([str(argument) for argument in arguments])
+    errors = capsys.readouterr().err
+    assert 'start must be an existing file, got nowhere.pth' in errors
+    assert '--iters must be at least 1, got 0' in errors

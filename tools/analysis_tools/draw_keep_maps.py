@@ -1,0 +1,116 @@
+"""Draws what the parts of a sparse model keep of images."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader
+from PIL import Image
+from torch import nn
+
+from mmdynsparse.analysis.command_line import AnalysisParser, at_least
+from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images
+from mmdynsparse.utils.input_checks import (
+    SPARSE_KEYS,
+    check_checkpoint,
+    check_data,
+    check_weights,
+)
+from mmdynsparse.utils.launch import load_config, one_line_errors
+from mmdynsparse.visualization import draw_keep_maps
+
+
+def build_parser() -> AnalysisParser:
+    """Returns the parser of the command line."""
+    parser = AnalysisParser(description=__doc__)
+    parser.add_argument(
+        '--images', nargs='+', help="files or folders; defaults to the config's test set"
+    )
+    parser.add_argument(
+        '--num-images', type=at_least(1), default=4, help='at most, spread over all there are'
+    )
+    parser.add_argument(
+        '--scale', type=float, default=1.0, help='size of the panels to that of the images'
+    )
+    return parser
+
+
+def load_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
+    """Builds the model with its weights; what a dense checkpoint lacks stays random.
+
+    Raises:
+        ValueError: If nothing of the model is sparse or the checkpoint does not fit.
+    """
+    torch.manual_seed(args.seed)
+    model = MODELS.build(cfg.model)
+    if not list(deciding_parts(model)):
+        raise ValueError(f'config must have a sparse part, got none in {args.config}')
+    if args.checkpoint:
+        checkpoint = check_checkpoint('checkpoint', args.checkpoint)
+        checkpoint = checkpoint or CheckpointLoader.load_checkpoint(args.checkpoint, 'cpu')
+        weights = checkpoint.get('state_dict', checkpoint)
+        fresh = {k: v for k, v in model.state_dict().items() if SPARSE_KEYS.search(k)}
+        if not fresh.keys() & weights.keys():
+            print('a dense checkpoint: the predictors are random')
+            weights.update(fresh)
+        check_weights(model, weights, args.checkpoint)
+    return model.eval()
+
+
+def deciding_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules that make decisions, with their names."""
+    for name, module in model.named_modules():
+        if getattr(module, 'keep_ratios', None):
+            yield name, module
+
+
+def draw(model: nn.Module, batch: dict, scale: float) -> np.ndarray:
+    """Runs the model on one image and returns its row of panels, (H, W, 3) uint8 RGB."""
+    model.test_step(batch)
+    image = batch['inputs'][0].numpy()[::-1].transpose(1, 2, 0)  # OpenMMLab loads BGR
+    height, width = model.data_preprocessor(batch)['inputs'].shape[2:]
+    padding = (0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)
+    image = Image.fromarray(np.pad(image, padding))
+    image = np.asarray(image.resize((round(width * scale), round(height * scale))))
+    decisions, labels = [], []
+    for name, part in deciding_parts(model):
+        decisions += part.decisions
+        labels += [f'{name} {i}' for i in range(len(part.decisions))]
+    return draw_keep_maps(image, decisions, 0, labels)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the tool.
+
+    Args:
+        argv: Command line arguments. Defaults to None, those of the process.
+    """
+    parser = build_parser()
+    args = parser.parse(argv)
+    with one_line_errors():
+        if not 0 < args.scale <= 4:
+            raise ValueError(f'--scale must be in (0, 4], got {args.scale}')
+        cfg = load_config(args)
+        init_default_scope(cfg.default_scope)
+        model = load_model(args, cfg)
+        if args.images:
+            batches = file_batches(cfg, find_images(args.images), args.num_images)
+        else:
+            check_data(cfg, 'test')
+            batches = dataset_batches(cfg, args.num_images)
+        with torch.no_grad():
+            rows = [draw(model, batch, args.scale) for batch in batches]
+        path = Path(args.out or 'work_dirs') / 'keep_maps.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        width = max(row.shape[1] for row in rows)
+        rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
+        Image.fromarray(np.concatenate(rows)).save(path)
+        print(path)
+
+
+if __name__ == '__main__':
+    main()
