@@ -2,14 +2,22 @@
 
 Padding, shift, partition and the split into heads are one gather of head vectors, their reverse
 another; tokens of the padding never pass through the projections. Dimension letters: B images,
-N = H * W tokens, C channels, L windows of one image, T tokens of a window, h heads, D = C / h.
+N = H * W tokens, C channels, L windows of one image, T tokens of a window, h heads, D = C / h;
+A windows and R tokens in them, of all images, K kept tokens.
 """
 
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..ops import head_rows, region, relative_position_index, shift_mask
+from ..ops import (
+    KeptWindows,
+    head_rows,
+    kept_windows,
+    region,
+    relative_position_index,
+    shift_mask,
+)
 from .linear import Linear
 
 
@@ -45,24 +53,37 @@ class WindowMSA(BaseModule):
         self.attn_drop = nn.Dropout(attn_drop_rate)
         self.proj = Linear(embed_dims, embed_dims)
 
-    def attend(self, qkv_3BLhTD: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, qkv_3AhTD: Tensor, mask: Tensor | None, windows: Tensor | None = None
+    ) -> Tensor:
         """Attend within each window.
 
         Args:
-            qkv_3BLhTD: Queries, keys and values, (3, B, L, h, T, D).
-            mask: (rows, cols, 1, T, T) from ``shift_mask``, L = rows * cols, or None.
+            qkv_3AhTD: Queries, keys and values, (3, A, h, T, D).
+            mask: (rows, cols, 1, T, T) from ``shift_mask``, or None.
+            windows: (A,) int64, which of the B * rows * cols windows these are. Defaults to None,
+                all of them.
 
         Returns:
-            (B, L, h, T, D)
+            (A, h, T, D)
         """
-        q, k, v = qkv_3BLhTD.unbind(0)
+        q, k, v = qkv_3AhTD.unbind(0)
         attn = (q * self.scale) @ k.transpose(-2, -1)
         attn = attn + self._bias()
         if mask is not None:
             # Only windows of the last row and the last column hold more than one region.
-            grid = attn.unflatten(1, mask.shape[:2])
-            grid[:, -1] += mask[-1]
-            grid[:, :-1, -1] += mask[:-1, -1]
+            rows, cols = mask.shape[:2]
+            if windows is None:
+                grid = attn.unflatten(0, (-1, rows, cols))
+                grid[:, -1] += mask[-1]
+                grid[:, :-1, -1] += mask[:-1, -1]
+            else:
+                place = windows % (rows * cols)
+                at_edge = (place >= (rows - 1) * cols) | (place % cols == cols - 1)
+                edge = at_edge.nonzero().squeeze(1)
+                masks = mask.flatten(0, 1).index_select(0, place.index_select(0, edge))
+                masks = masks.to(attn.dtype).expand(-1, attn.shape[1], -1, -1)
+                attn = attn.index_add_(0, edge, masks)
         return self.attn_drop(attn.softmax(-1)) @ v
 
     def _bias(self) -> Tensor:
@@ -107,24 +128,60 @@ class ShiftWindowMSA(BaseModule):
     def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
         """Return the attended tokens (B, N, C) of a map of ``hw`` tokens."""
         with region('attention'):
-            return self._forward(x_BNC, hw)
+            heads, shift = self.w_msa.num_heads, self.shift(hw)
+            rows = head_rows(len(x_BNC), hw, self.window_size, shift, heads, x_BNC.device)
+            return self._attend(x_BNC.flatten(0, 1), hw, *rows).view_as(x_BNC)
 
-    def _forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
-        (b, n, c), heads = x_BNC.shape, self.w_msa.num_heads
-        shift = self._shift(hw)
-        qkv_rows, out_rows = head_rows(b, hw, self.window_size, shift, heads, x_BNC.device)
-        x = x_BNC.reshape(b * n, c)
-        if qkv_rows.numel() > 3 * b * n * heads:
+    def kept_windows(self, kept_K: Tensor, batch: int, hw: tuple[int, int]) -> KeptWindows:
+        """Find what ``attend_kept`` needs; it depends on the decision, the map and the shift.
+
+        Args:
+            kept_K: Positions of the kept tokens in the flattened (B * N) batch, int64.
+            batch: Number B of images.
+            hw: Height and width of the maps.
+        """
+        heads = self.w_msa.num_heads
+        return kept_windows(kept_K, batch, hw, self.window_size, self.shift(hw), heads)
+
+    def attend_kept(
+        self, x_BNC: Tensor, norm: nn.Module, hw: tuple[int, int], kept: KeptWindows
+    ) -> Tensor:
+        """Return the attended tokens that are kept, (K, C), computed in their windows only.
+
+        Args:
+            x_BNC: Tokens.
+            norm: Is applied to them first.
+            hw: Height and width of the map.
+            kept: The windows and the kept tokens.
+        """
+        x_RC = x_BNC.flatten(0, 1)
+        if kept.tokens is not None:
+            with region('gather'):
+                x_RC = x_RC.index_select(0, kept.tokens)
+        with region('attention'):
+            return self._attend(norm(x_RC), hw, kept.qkv_rows, kept.out_rows, kept.windows)
+
+    def _attend(
+        self,
+        x_RC: Tensor,
+        hw: tuple[int, int],
+        qkv_rows: Tensor,
+        out_rows: Tensor,
+        windows: Tensor | None = None,
+    ) -> Tensor:
+        (r, c), heads = x_RC.shape, self.w_msa.num_heads
+        if qkv_rows.numel() > 3 * r * heads:
             # Slots in the padding hold a zero token; its keys and values are the biases.
-            x = torch.cat((x, x.new_zeros(1, c)))
-        qkv = self.w_msa.qkv(x).view(-1, c // heads).index_select(0, qkv_rows)
-        qkv = qkv.view(3, b, -1, heads, self.window_size**2, c // heads)
-        grid = tuple(-(-side // self.window_size) for side in hw)
-        mask = shift_mask(grid, self.window_size, shift, x.device) if shift else None
-        out = self.w_msa.attend(qkv, mask)
-        out = out.reshape(-1, c // heads).index_select(0, out_rows).view(b, n, c)
+            x_RC = torch.cat((x_RC, x_RC.new_zeros(1, c)))
+        qkv = self.w_msa.qkv(x_RC).view(-1, c // heads).index_select(0, qkv_rows)
+        qkv_3AhTD = qkv.view(3, -1, heads, self.window_size**2, c // heads)
+        grid, shift = tuple(-(-side // self.window_size) for side in hw), self.shift(hw)
+        mask = shift_mask(grid, self.window_size, shift, x_RC.device) if shift else None
+        out = self.w_msa.attend(qkv_3AhTD, mask, windows)
+        out = out.reshape(-1, c // heads).index_select(0, out_rows).view(-1, c)
         return self.proj_drop(self.w_msa.proj(out))
 
-    def _shift(self, hw: tuple[int, int]) -> int:
+    def shift(self, hw: tuple[int, int]) -> int:
+        """Return the cyclic shift on a map of this height and width, in tokens."""
         fits = min(hw) <= self.window_size
         return 0 if fits and not self.shift_small_maps else self.shift_size

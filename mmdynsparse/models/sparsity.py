@@ -33,6 +33,11 @@ class Sparsity:
         predictor: Config of the predictor. Defaults to the published one.
         fast_path: Config of the path of dropped locations, or None to leave them unchanged.
             Defaults to the published one.
+        cell_size: Side of the cells for which is decided in each stage, in locations; 1 is each
+            location by itself. Defaults to None, 1 in every stage.
+        follow: Stages of ``locations``, with one block each, without a predictor: the last
+            decision before is carried over to their map, with its keep ratio. Defaults to ().
+        attention: Whether window attention, too, updates kept tokens only. Defaults to False.
     """
 
     keep_ratio: float | Sequence[float]
@@ -41,6 +46,9 @@ class Sparsity:
     selector: str = 'topk'
     predictor: dict = field(default_factory=lambda: dict(type='mmdynsparse.LocalGlobalPredictor'))
     fast_path: dict | None = field(default_factory=lambda: dict(type='mmdynsparse.LinearFastPath'))
+    cell_size: Sequence[int] | None = None
+    follow: Sequence[int] = ()
+    attention: bool = False
 
     @classmethod
     def from_cfg(cls, cfg: Mapping, depths: Sequence[int]) -> 'Sparsity':
@@ -61,30 +69,44 @@ class Sparsity:
         locations = {int(stage): tuple(blocks) for stage, blocks in locations.items()}
         _check_locations(locations, depths)
         self = cls(**{**cfg, 'locations': dict(sorted(locations.items()))})
+        _check_cell_size(self.cell_size, len(depths))
+        _check_follow(self.follow, self.locations)
+        if not isinstance(self.attention, bool):
+            raise ValueError(f'sparsity.attention must be True or False, got {self.attention!r}')
         self.resolve(self.keep_ratio)
         return self
 
     def resolve(self, keep_ratio: float | Sequence[float]) -> list[float]:
-        """Return the keep ratio of every predictor, in the order of stages and blocks.
+        """Return the keep ratio of every decision, in the order of stages and blocks.
 
         Raises:
-            ValueError: If a ratio is outside (0, 1] or the list has the wrong length.
+            ValueError: If a ratio is outside (0, 1], the list has the wrong length or a stage that
+                follows has another ratio than the decision that it follows.
         """
-        counts = [len(blocks) for blocks in self.locations.values()]
+        followers = [stage in self.follow for stage, b in self.locations.items() for _ in b]
         if not isinstance(keep_ratio, list | tuple):
             check_ratio('keep_ratio', keep_ratio)
             if keep_ratio == 1:
-                return [1.0] * sum(counts)
+                return [1.0] * len(followers)
             step = SCHEDULES[self.schedule]
-            ratios = [step(keep_ratio, i) for count in counts for i in range(count)]
+            ratios = []
+            for stage, blocks in self.locations.items():
+                own = [step(keep_ratio, i) for i in range(len(blocks))]
+                ratios += ratios[-1:] if stage in self.follow else own
             hint = f' (keep_ratio {keep_ratio} with schedule {self.schedule!r})'
         else:
             ratios, hint = list(keep_ratio), ''
-            if len(ratios) != sum(counts):
+            if len(ratios) != len(followers):
                 raise ValueError(
-                    f'keep_ratio must be a number or a list of {sum(counts)} values, one for '
+                    f'keep_ratio must be a number or a list of {len(followers)} values, one for '
                     f'each predictor, got {len(ratios)} values: {ratios}'
                 )
+            for i, follows in enumerate(followers):
+                if follows and ratios[i] != ratios[i - 1]:
+                    raise ValueError(
+                        f'keep_ratio of decision {i}, which follows the one before it, must be '
+                        f'{ratios[i - 1]}, got {ratios[i]}'
+                    )
         for i, ratio in enumerate(ratios):
             check_ratio(f'keep_ratio of predictor {i}', ratio, hint)
         return [float(r) for r in ratios]
@@ -123,4 +145,29 @@ def _check_locations(locations: dict[int, tuple[int, ...]], depths: Sequence[int
             raise ValueError(
                 f'sparsity.locations[{stage}] takes ascending block indices '
                 f'0 to {depths[stage] - 1}, got {blocks}'
+            )
+
+
+def _check_cell_size(cell_size: Sequence[int] | None, stages: int) -> None:
+    if cell_size is None:
+        return
+    valid = isinstance(cell_size, list | tuple) and len(cell_size) >= stages
+    if not valid or not all(isinstance(size, int) and size >= 1 for size in cell_size):
+        raise ValueError(
+            f'sparsity.cell_size must be at least 1 in each of {stages} stages, got {cell_size}'
+        )
+
+
+def _check_follow(follow: Sequence[int], locations: dict[int, tuple[int, ...]]) -> None:
+    allowed = tuple(locations)[1:]
+    if not isinstance(follow, list | tuple) or not set(follow) <= set(allowed):
+        raise ValueError(
+            'sparsity.follow takes stages of sparsity.locations after the first of them, '
+            f'{allowed}, got {follow}'
+        )
+    for stage in follow:
+        if len(locations[stage]) > 1:
+            raise ValueError(
+                f'sparsity.locations[{stage}] takes one block in a stage of sparsity.follow, '
+                f'got {locations[stage]}'
             )

@@ -5,6 +5,7 @@ from .cells import (
     cell_grid,
     cell_mask,
     cell_means,
+    cell_positions,
     cell_rows,
     cell_table,
     put_tiles,
@@ -25,11 +26,20 @@ from .select import (
     resize_scores,
     sample_decision,
     select_decision,
+    spread_decision,
     with_positions,
 )
 from .tokens import TokenSubset, policy_softmax, put_tokens, take_tokens, token_subset
 from .two_paths import two_paths
-from .windows import WindowLayout, head_rows, relative_position_index, shift_mask, window_layout
+from .windows import (
+    KeptWindows,
+    WindowLayout,
+    head_rows,
+    kept_windows,
+    relative_position_index,
+    shift_mask,
+    window_layout,
+)
 
 __all__ = [
     'FIXED_BUDGET',
@@ -37,16 +47,19 @@ __all__ = [
     'SELECTORS',
     'CellRows',
     'Decision',
+    'KeptWindows',
     'TokenSubset',
     'WindowLayout',
     'cell_grid',
     'cell_mask',
     'cell_means',
+    'cell_positions',
     'cell_rows',
     'cell_table',
     'enlarge_rows',
     'head_rows',
     'keep_all',
+    'kept_windows',
     'linear',
     'num_kept',
     'policy_softmax',
@@ -59,6 +72,7 @@ __all__ = [
     'select_decision',
     'shift_mask',
     'sparse_table',
+    'spread_decision',
     'table_map',
     'take_tiles',
     'take_tokens',

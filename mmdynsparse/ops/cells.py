@@ -40,6 +40,8 @@ def cell_grid(hw: tuple[int, int], size: int) -> tuple[int, int]:
 
 def cell_means(x_BCHW: Tensor, size: int) -> Tensor:
     """Return the mean of each cell over its positions in the map, (B, N, C)."""
+    if size == 1:
+        return x_BCHW.flatten(2).transpose(1, 2)
     means = F.avg_pool2d(x_BCHW, size, ceil_mode=True, count_include_pad=False)
     return means.flatten(2).transpose(1, 2)
 
@@ -49,6 +51,21 @@ def cell_mask(mask_BN: Tensor, hw: tuple[int, int], size: int) -> Tensor:
     mask = mask_BN.view(-1, 1, *cell_grid(hw, size))
     mask = mask.repeat_interleave(size, 2).repeat_interleave(size, 3)
     return mask[:, :, : hw[0], : hw[1]]
+
+
+def cell_positions(cells_K: Tensor, batch: int, hw: tuple[int, int], size: int) -> Tensor:
+    """Return the positions of chosen cells in the flattened (B * H * W) batch of maps, (R,) int64.
+
+    They come cell by cell. Where shapes must be static, in compiled code and on CUDA, each cell has
+    ``size ** 2`` of them: what a cell at the edge lacks is its first position again.
+    """
+    rows = _rows_of_cells(batch, hw, size, 0, cells_K.device).index_select(0, cells_K)
+    if hw[0] % size == 0 and hw[1] % size == 0:
+        return rows.flatten()
+    inside = rows < batch * hw[0] * hw[1]
+    if torch.compiler.is_compiling() or rows.is_cuda:
+        return rows.where(inside, rows[:, :1]).flatten()
+    return rows[inside]
 
 
 def cell_rows(cells_K: Tensor, batch: int, hw: tuple[int, int], size: int, halo: int) -> CellRows:

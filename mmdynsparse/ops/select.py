@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cells import cell_means
+from .cells import cell_mask, cell_means, cell_positions
 from .regions import region
 
 
@@ -26,7 +26,8 @@ class Decision(NamedTuple):
         hw: Height and width of the map, H * W = N.
         ratio: Target keep ratio in (0, 1].
         kept: (K,) int64, sorted positions of the kept locations in the flattened (B * N) batch,
-            or None when the decision was made for masked execution.
+            or None when the decision was made for masked execution. ``spread_decision`` has
+            another order.
         dropped: (M,) int64, the other positions, K + M = B * N, or None like ``kept``.
     """
 
@@ -55,6 +56,7 @@ def sample_decision(
     ratio: float,
     temperature: float = 1.0,
     selector: str = 'topk',
+    exact: bool = False,
 ) -> Decision:
     """Sample a decision for training, with a gradient for the predictor.
 
@@ -70,6 +72,9 @@ def sample_decision(
             is kept. Defaults to 1.
         selector: How locations will be selected at inference. 'random' selects them so here too,
             and its gradient is zero; no other makes a difference. Defaults to 'topk'.
+        exact: Whether exactly the ``int(N * ratio)`` locations of each image are kept that the
+            noise makes most probable, whatever the probabilities add up to: for scores that were
+            learned at another keep ratio. Defaults to False.
     """
     log_probs_BN2 = log_probs_BN2.float()
     if ratio >= 1:
@@ -81,7 +86,7 @@ def sample_decision(
         hard_BN = random_mask(log_probs_BN2[..., 0].detach(), ratio)
     else:
         soft_BN = F.gumbel_softmax(log_probs_BN2, tau=temperature, dim=-1)[..., 0]
-        hard_BN = (soft_BN > 0.5).float()
+        hard_BN = topk_mask(soft_BN.detach(), ratio) if exact else (soft_BN > 0.5).float()
     # The bracket is exactly zero, so the mask is exactly 0 or 1.
     mask_BN = hard_BN + (soft_BN - soft_BN.detach())
     return Decision(mask_BN, log_probs_BN2[..., 0], hw, ratio)
@@ -135,6 +140,29 @@ def with_positions(decision: Decision, kept_per_image: int | None = None) -> Dec
         kept, dropped = _positions(mask_BN, kept_per_image)
     # torch.compile does not keep what _replace returns as an attribute of the model.
     return Decision(*decision[:4], kept, dropped)
+
+
+def spread_decision(decision: Decision, hw: tuple[int, int], cell_size: int) -> Decision:
+    """Turn a decision over the cells of a map into one over its locations.
+
+    Its positions are those of ``cell_positions``: not sorted, but cell by cell.
+
+    Args:
+        decision: Over cells.
+        hw: Height and width of the map.
+        cell_size: Side of a cell, in locations.
+    """
+    if cell_size == 1:
+        return decision
+    mask, scores = (cell_mask(values_BN, hw, cell_size).flatten(1) for values_BN in decision[:2])
+    positions = (None, None)
+    if decision.kept is not None:
+        batch = len(mask)
+        positions = (
+            cell_positions(cells_K, batch, hw, cell_size)
+            for cells_K in (decision.kept, decision.dropped)
+        )
+    return Decision(mask, scores, hw, decision.ratio, *positions)
 
 
 def resize_scores(

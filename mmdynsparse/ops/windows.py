@@ -2,7 +2,8 @@
 
 Pure functions of shapes. Padding to whole windows, the cyclic shift and the partition into
 windows are one permutation, so they cost one gather instead of four copies of the map. Dimension
-letters: B images, L windows of one image, T = window_size ** 2 tokens of a window, N = H * W.
+letters: B images, L windows of one image, T = window_size ** 2 tokens of a window, N = H * W; of
+a decision, K kept tokens, A windows that hold one and R tokens in these.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from .caching import cached
+
+# Share of windows with a kept token above which attention in all of them is as fast (benchmarks/).
+BREAK_EVEN = 0.9
 
 
 class WindowLayout(NamedTuple):
@@ -26,6 +30,24 @@ class WindowLayout(NamedTuple):
     slots: Tensor
 
 
+class KeptWindows(NamedTuple):
+    """The windows that hold a kept token.
+
+    Attributes:
+        windows: (A,) int64, which of the B * L windows, or None for all of them.
+        tokens: (R,) int64, the tokens in them, window by window, in the flattened (B * N) batch; or
+            None for all of them in their order.
+        qkv_rows: (3 * A * heads * T,) int64, as of ``head_rows``, of the tokens listed.
+        out_rows: (K * heads,) int64, rows of a (A, heads, T) table that belong to kept tokens.
+    """
+
+    windows: Tensor | None
+    tokens: Tensor | None
+    qkv_rows: Tensor
+    out_rows: Tensor
+
+
+@cached
 def window_layout(
     batch: int, hw: tuple[int, int], window_size: int, shift: int, device: torch.device
 ) -> WindowLayout:
@@ -85,6 +107,55 @@ def head_rows(
     slot = layout.slots - window * t
     out_rows = (window[..., None] * heads + head_H1[:, 0]) * t + slot[..., None]
     return qkv_rows.flatten(), out_rows.flatten()
+
+
+def kept_windows(
+    kept_K: Tensor, batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int
+) -> KeptWindows:
+    """Find the windows that hold a kept token.
+
+    How many there are depends on the decision. Where shapes must be static, in compiled code and
+    on CUDA, it is always all of them.
+
+    Args:
+        kept_K: Positions in the flattened (B * N) batch of tokens, int64.
+        batch: Number of images.
+        hw: Height and width of the maps.
+        window_size: Side of a window, in tokens.
+        shift: Cyclic shift, in tokens.
+        heads: Attention heads.
+    """
+    device = kept_K.device
+    if torch.compiler.is_compiling() or kept_K.is_cuda:
+        return _all_windows(kept_K, batch, hw, window_size, shift, heads)
+    layout, t = window_layout(batch, hw, window_size, shift, device), window_size**2
+    slot_K = layout.slots.flatten().index_select(0, kept_K)
+    window_K = slot_K.div(t, rounding_mode='floor')
+    count = layout.tokens.shape[0] * layout.tokens.shape[1]
+    windows = torch.zeros(count, dtype=torch.bool).index_fill_(0, window_K, True).nonzero()[:, 0]
+    if len(windows) > BREAK_EVEN * count:
+        return _all_windows(kept_K, batch, hw, window_size, shift, heads)
+    token_AT = layout.tokens.view(-1, t).index_select(0, windows)
+    inside_AT = token_AT < batch * hw[0] * hw[1]
+    tokens = token_AT[inside_AT]
+    # What stands in the padding reads the row behind the last token.
+    row_AT = inside_AT.flatten().cumsum(0).view(-1, t) - 1
+    row_A1T = row_AT.where(inside_AT, len(tokens)).unsqueeze(1)
+    head_H1 = torch.arange(heads).view(heads, 1)
+    qkv_rows = (row_A1T * 3 + torch.arange(3).view(3, 1, 1, 1)) * heads + head_H1
+    rank = torch.empty(count, dtype=torch.int64)
+    rank[windows] = torch.arange(len(windows))
+    first_K = rank.index_select(0, window_K) * (heads * t) + slot_K - window_K * t
+    out_rows = first_K[:, None] + torch.arange(heads) * t
+    return KeptWindows(windows, tokens, qkv_rows.flatten(), out_rows.flatten())
+
+
+def _all_windows(
+    kept_K: Tensor, batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int
+) -> KeptWindows:
+    qkv_rows, out_rows = head_rows(batch, hw, window_size, shift, heads, kept_K.device)
+    out_rows = out_rows.view(-1, heads).index_select(0, kept_K).flatten()
+    return KeptWindows(None, None, qkv_rows, out_rows)
 
 
 @cached

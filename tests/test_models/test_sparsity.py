@@ -4,6 +4,7 @@ from mmengine.config import ConfigDict
 from mmdynsparse.models.sparsity import Sparsity, default_locations
 
 DEPTHS = (2, 2, 6, 2)
+STAGES = {0: (0,), 1: (0,), 2: (1, 3), 3: (0,)}
 
 
 def ratios(**cfg):
@@ -36,6 +37,13 @@ def test_the_schedule_starts_anew_in_every_stage():
     assert ratios(keep_ratio=0.6, locations=locations) == [0.6, 0.6, 0.4]
 
 
+def test_a_stage_that_follows_has_the_ratio_of_the_decision_before():
+    cfg = dict(locations=STAGES, follow=(1, 3))
+    assert ratios(keep_ratio=0.7, **cfg) == [0.7, 0.7, 0.7, 0.5, 0.5]
+    assert ratios(keep_ratio=[0.6, 0.6, 0.9, 0.2, 0.2], **cfg) == [0.6, 0.6, 0.9, 0.2, 0.2]
+    assert ratios(keep_ratio=1, **cfg) == [1.0] * 5
+
+
 def test_config_dicts_and_string_stages():
     cfg = ConfigDict(keep_ratio=0.5, locations={'2': [1, 3]})
     assert Sparsity.from_cfg(cfg, DEPTHS).locations == {2: (1, 3)}
@@ -60,6 +68,18 @@ def test_config_dicts_and_string_stages():
         (dict(keep_ratio=0.7, locations={}), 'at least one stage, got none'),
         (dict(keep_ratio=0.7, ratio=0.3), r"takes the keys .*, got \['ratio'\]"),
         (dict(selector='topk'), 'needs keep_ratio'),
+        (dict(keep_ratio=0.7, cell_size=(7, 7, 7)), 'at least 1 in each of 4 stages, got'),
+        (dict(keep_ratio=0.7, cell_size=(7, 7, 7, 0)), r'cell_size .* got \(7, 7, 7, 0\)'),
+        (dict(keep_ratio=0.7, cell_size=7), 'at least 1 in each of 4 stages, got 7'),
+        (dict(keep_ratio=0.7, follow=(3,)), r'follow takes .* the first of them, \(\), got \(3,\)'),
+        (dict(keep_ratio=0.7, follow=2), r'got 2'),
+        (dict(keep_ratio=0.7, locations=STAGES, follow=(0,)), r'\(1, 2, 3\), got \(0,\)'),
+        (dict(keep_ratio=0.7, locations=STAGES, follow=(2,)), r'one block .* got \(1, 3\)'),
+        (
+            dict(keep_ratio=[0.7, 0.5, 0.7, 0.5, 0.5], locations=STAGES, follow=(1, 3)),
+            'decision 1, which follows the one before it, must be 0.7, got 0.5',
+        ),
+        (dict(keep_ratio=0.7, attention='yes'), "must be True or False, got 'yes'"),
     ],
 )
 def test_bad_values_name_argument_range_and_value(cfg, message):

@@ -7,7 +7,7 @@ not needed. What is added are predictors (``predictors.J``) and fast paths
 (``stages.I.K.fast_path``).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import ClassVar
 
@@ -205,7 +205,7 @@ class SparseConvNeXt(SparseBackbone):
                 for j in range(depth)
             ]
             self.stages.append(ModuleList(blocks))
-            self.predictors.extend(build_part(self.sparsity.predictor, c) for _ in locations)
+            self.predictors.extend(self.build_predictors(i, c))
             if i in self.out_indices:
                 self.add_module(f'norm{i}', LayerNorm2d(c, eps))
         self._freeze()
@@ -213,28 +213,29 @@ class SparseConvNeXt(SparseBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
 
-        With ``gap_before_final_norm`` they are vectors (B, C_i). The decisions made on the way
-        are in ``decisions`` afterwards.
+        With ``gap_before_final_norm`` they are vectors (B, C_i). The tuple carries the decisions
+        made on the way, and ``decisions`` holds them afterwards.
         """
         self.start_decisions()
         x = x.contiguous(memory_format=torch.channels_last)
-        predictors = iter(self.predictors)
+        decision = None
         outs = []
         for i in range(max(self.out_indices) + 1):
-            x = self._stage(self.downsample_layers[i](x), i, predictors)
+            x, decision = self._stage(self.downsample_layers[i](x), i, decision)
             if i in self.out_indices:
                 outs.append(self._output(x, getattr(self, f'norm{i}')))
-        return tuple(outs)
+        return self.with_decisions(outs)
 
-    def _stage(self, x: Tensor, i: int, predictors: Iterator[nn.Module]) -> Tensor:
+    def _stage(self, x: Tensor, i: int, last: Decision | None) -> tuple[Tensor, Decision | None]:
+        """Run a stage after the last decision; return its output and the last decision then."""
         decision = None
+        predictors = iter(self.stage_predictors(i))
         execution = self.execution_in(self.stages[i].training)
         for j, block in enumerate(self.stages[i]):
             if j in self.stage_locations(i):
-                tokens_BNC = x.permute(0, 2, 3, 1).flatten(1, 2)
-                decision = self.decide(tokens_BNC, tuple(x.shape[2:]), next(predictors))
+                decision = last = self.decide(x, i, next(predictors, None), last)
             x = block(x, decision, execution)
-        return x
+        return x, last
 
     def _output(self, x: Tensor, norm: nn.Module) -> Tensor:
         if self.gap_before_final_norm:
@@ -249,12 +250,10 @@ class SparseConvNeXt(SparseBackbone):
         return self
 
     def _freeze(self) -> None:
-        predictors = iter(self.predictors)
         for i, (downsample, stage) in enumerate(
             zip(self.downsample_layers, self.stages, strict=True)
         ):
-            parts = [downsample, stage, *(next(predictors) for _ in self.stage_locations(i))]
-            for part in parts:
+            for part in (downsample, stage, *self.stage_predictors(i)):
                 if i < self.frozen_stages:
                     freeze(part)
                 elif i > max(self.out_indices):

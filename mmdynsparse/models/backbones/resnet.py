@@ -8,7 +8,7 @@ Sparsification* (T-PAMI 2023, arXiv 2207.01580): decisions are made for square c
 predictors (``predictors.J``) and, if asked for, fast paths (``layerI.K.fast_path``).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import ClassVar
 
@@ -21,12 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...layers import conv_norm
 from ...ops import (
     Decision,
-    cell_grid,
     cell_mask,
-    cell_means,
     cell_rows,
     cell_table,
     region,
+    spread_decision,
     table_map,
     with_positions,
 )
@@ -35,7 +34,6 @@ from ...utils.checkpoint import load_pretrained
 from .resnet_blocks import BasicBlock, Bottleneck, Cells, ResidualBlock
 from .sparse_backbone import (
     SparseBackbone,
-    build_part,
     check_stages,
     checkpoint_cfg,
     freeze,
@@ -96,16 +94,17 @@ class SparseResNet(SparseBackbone):
         init_cfg: None or dict(type='Pretrained', checkpoint=...). Defaults to None.
         sparsity: Where and how much the model is sparse, see
             :class:`~mmdynsparse.models.sparsity.Sparsity`; by default one predictor before block 1
-            of each stage but the first, and no fast path. None is the dense model. Defaults to
-            None.
-        cell_size: Side of a cell in each stage, in positions. Defaults to (8, 8, 4, 4).
+            of each stage but the first, cells of (8, 8, 4, 4) positions, and no fast path. None is
+            the dense model. Defaults to None.
 
     Raises:
         ValueError: If an argument is outside its range.
     """
 
     original = 'ResNet'
-    default_parts: ClassVar = dict(predictor=dict(type='mmdynsparse.CellPredictor'), fast_path=None)
+    default_parts: ClassVar = dict(
+        predictor=dict(type='mmdynsparse.CellPredictor'), fast_path=None, cell_size=(8, 8, 4, 4)
+    )
 
     def __init__(
         self,
@@ -134,10 +133,9 @@ class SparseResNet(SparseBackbone):
         pretrained: str | None = None,
         init_cfg: dict | None = None,
         sparsity: Mapping | None = None,
-        cell_size: Sequence[int] = (8, 8, 4, 4),
     ) -> None:
         _check_absent(conv_cfg=conv_cfg, dcn=dcn, plugins=plugins)
-        _check_shape(depth, style, num_stages, strides, dilations, multi_grid, cell_size)
+        _check_shape(depth, style, num_stages, strides, dilations, multi_grid)
         block, depths = ARCHS[depth][0], ARCHS[depth][1][:num_stages]
         if sparsity is not None:
             last = min(max(out_indices), num_stages - 1)
@@ -150,7 +148,6 @@ class SparseResNet(SparseBackbone):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.zero_init_residual = zero_init_residual
-        self.cell_size = tuple(cell_size)
 
         norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
         channels = stem_channels or base_channels
@@ -166,8 +163,7 @@ class SparseResNet(SparseBackbone):
             )
             self.add_module(f'layer{i + 1}', layer)
             channels = base_channels * 2**i * block.expansion
-            locations = self.stage_locations(i)
-            self.predictors.extend(build_part(self.sparsity.predictor, channels) for _ in locations)
+            self.predictors.extend(self.build_predictors(i, channels))
         self._check_blocks(norm_cfg)
         self._freeze()
 
@@ -212,21 +208,22 @@ class SparseResNet(SparseBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
 
-        The decisions made on the way, over cells, are in ``decisions`` afterwards.
+        The tuple carries the decisions made on the way, over cells, and ``decisions`` holds them
+        afterwards.
         """
         self.start_decisions()
         x = self._stem(x.contiguous(memory_format=torch.channels_last))
-        predictors = iter(self.predictors)
+        decision = None
         outs = []
         for i in range(max(self.out_indices) + 1):
-            x = self._stage(x, i, predictors)
+            x, decision = self._stage(x, i, decision)
             if i in self.out_indices:
                 outs.append(x)
         # Operators such as RoIAlign read any map as if it were contiguous. One after the other, so
         # that at no time there are two copies of all.
         for i in range(len(outs)):
             outs[i] = outs[i].contiguous()
-        return tuple(outs)
+        return self.with_decisions(outs)
 
     def _stem(self, x: Tensor) -> Tensor:
         pairs = [(self.stem[i], self.stem[i + 1]) for i in (0, 3, 6)] if self.deep_stem else None
@@ -234,17 +231,20 @@ class SparseResNet(SparseBackbone):
             x = self.relu(conv_norm(x, conv, norm))
         return self.maxpool(x)
 
-    def _stage(self, x: Tensor, i: int, predictors: Iterator[nn.Module]) -> Tensor:
+    def _stage(self, x: Tensor, i: int, last: Decision | None) -> tuple[Tensor, Decision | None]:
+        """Run a stage after the last decision; return its output and the last decision then."""
+        predictors = iter(self.stage_predictors(i))
         blocks, locations = list(self.stages[i]), self.stage_locations(i)
         for block in blocks[: min(locations, default=len(blocks))]:
             x = block(x)
         for start, end in pairwise((*locations, len(blocks))):
-            hw = tuple(x.shape[2:])
-            cells_BNC = cell_means(x, self.cell_size[i])
-            decision = self.decide(cells_BNC, cell_grid(hw, self.cell_size[i]), next(predictors))
+            hw, size = tuple(x.shape[2:]), self.cell_size(i)
+            decision = self.decide_cells(x, i, next(predictors, None), last)
+            if self.sparsity.follow:
+                last = spread_decision(decision, hw, size)
             execution = self.execution_in(self.stages[i].training)
-            x = _sparse_blocks(x, blocks[start:end], decision, self.cell_size[i], execution)
-        return x
+            x = _sparse_blocks(x, blocks[start:end], decision, size, execution)
+        return x, last
 
     def train(self, mode: bool = True) -> 'SparseResNet':
         """Set the training mode; frozen stages stay in eval mode, without gradients."""
@@ -261,9 +261,8 @@ class SparseResNet(SparseBackbone):
         if self.frozen_stages >= 0:
             for part in stem:
                 freeze(part)
-        predictors = iter(self.predictors)
         for i, stage in enumerate(self.stages):
-            for part in (stage, *(next(predictors) for _ in self.stage_locations(i))):
+            for part in (stage, *self.stage_predictors(i)):
                 if i < self.frozen_stages:
                     freeze(part)
                 elif i > max(self.out_indices):
@@ -372,7 +371,6 @@ def _check_shape(
     strides: Sequence[int],
     dilations: Sequence[int],
     multi_grid: Sequence[int] | None,
-    cell_size: Sequence[int],
 ) -> None:
     if depth not in ARCHS:
         raise ValueError(f'depth must be one of {tuple(ARCHS)}, got {depth}')
@@ -388,8 +386,4 @@ def _check_shape(
         raise ValueError(
             f'multi_grid must have {last_depth} values, one for each block of the last stage, '
             f'got {multi_grid}'
-        )
-    if len(cell_size) < num_stages or min(cell_size) < 1:
-        raise ValueError(
-            f'cell_size must be at least 1 in each of {num_stages} stages, got {cell_size}'
         )

@@ -6,13 +6,23 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ...ops import Decision, keep_all, region, sample_decision, select_decision
+from ...ops import (
+    Decision,
+    cell_grid,
+    cell_means,
+    keep_all,
+    region,
+    resize_scores,
+    sample_decision,
+    select_decision,
+    spread_decision,
+)
 from ...registry import MODELS
+from ..features import Features, is_exporting
 from ..sparsity import Sparsity
 
 EXECUTIONS = ('gather', 'triton', 'masked')
@@ -46,6 +56,8 @@ class SparseBackbone(BaseModule):
     executions: ClassVar[tuple[str, ...]] = EXECUTIONS
     # Parts of ``sparsity`` that differ from the general defaults in this family.
     default_parts: ClassVar[Mapping] = {}
+    # Values of ``sparsity`` that not every family takes, and that this one does.
+    options: ClassVar[tuple[str, ...]] = ('cell_size', 'follow')
 
     def __init__(
         self, sparsity: Mapping | None, depths: Sequence[int], init_cfg: dict | None = None
@@ -54,6 +66,7 @@ class SparseBackbone(BaseModule):
         self.sparsity = None
         if sparsity is not None:
             self.sparsity = Sparsity.from_cfg({**self.default_parts, **sparsity}, depths)
+            self._check_options()
         self.keep_ratios: list[float] = []
         if self.sparsity is not None:
             self.set_keep_ratio(self.sparsity.keep_ratio)
@@ -92,25 +105,67 @@ class SparseBackbone(BaseModule):
         self.keep_ratios = self.sparsity.resolve(keep_ratio)
 
     def stage_locations(self, stage: int) -> tuple[int, ...]:
-        """Return the blocks of a stage before which a predictor decides."""
+        """Return the blocks of a stage before which a decision is made."""
         return () if self.sparsity is None else self.sparsity.locations.get(stage, ())
 
-    def decide(self, x_BNC: Tensor, hw: tuple[int, int], predictor: nn.Module) -> Decision:
-        """Make the next decision of this forward and keep it in ``decisions``.
+    def num_predictors(self, stage: int) -> int:
+        """Return how many predictors a stage has: none if it follows."""
+        follows = self.sparsity is not None and stage in self.sparsity.follow
+        return 0 if follows else len(self.stage_locations(stage))
 
-        A predictor in training mode samples, one in eval mode (a frozen stage too) selects.
+    def build_predictors(self, stage: int, embed_dims: int) -> list[nn.Module]:
+        """Build the predictors of a stage of ``embed_dims`` channels."""
+        count = self.num_predictors(stage)
+        return [build_part(self.sparsity.predictor, embed_dims) for _ in range(count)]
+
+    def stage_predictors(self, stage: int) -> list[nn.Module]:
+        """Return the predictors of a stage, in a backbone that has all of them in one list."""
+        first = sum(self.num_predictors(i) for i in range(stage))
+        return list(self.predictors)[first : first + self.num_predictors(stage)]
+
+    def cell_size(self, stage: int) -> int:
+        """Return the side of the cells for which is decided in a stage, in locations."""
+        return 1 if self.sparsity.cell_size is None else self.sparsity.cell_size[stage]
+
+    def decide(
+        self, x_BCHW: Tensor, stage: int, predictor: nn.Module | None, last: Decision | None
+    ) -> Decision:
+        """Make the next decision of this forward, over the locations of a map.
+
+        Args:
+            x_BCHW: The map; channels last in memory costs the least.
+            stage: Its stage.
+            predictor: What scores the cells of the map, or None to follow ``last``.
+            last: What this returned before in this forward, or None if nothing.
         """
-        ratio = self.keep_ratios[len(self.decisions)]
-        if predictor.training:
-            selector = self.sparsity.selector
-            decision = sample_decision(predictor(x_BNC), hw, ratio, self.temperature, selector)
-        elif ratio >= 1:
-            decision = keep_all(x_BNC, hw)
+        decision = self.decide_cells(x_BCHW, stage, predictor, last)
+        return spread_decision(decision, tuple(x_BCHW.shape[2:]), self.cell_size(stage))
+
+    def decide_cells(
+        self, x_BCHW: Tensor, stage: int, predictor: nn.Module | None, last: Decision | None
+    ) -> Decision:
+        """Make the next decision, over the cells of a map, and keep it in ``decisions``.
+
+        A predictor in training mode samples, one in eval mode (a frozen stage too) selects. Without
+        one it is the mode of the stage that counts. Arguments are those of ``decide``.
+        """
+        hw, size = tuple(x_BCHW.shape[2:]), self.cell_size(stage)
+        grid = cell_grid(hw, size)
+        ratio, selector = self.keep_ratios[len(self.decisions)], self.sparsity.selector
+        training = (self.stages[stage] if predictor is None else predictor).training
+        if ratio >= 1 and not training:
+            decision = keep_all(x_BCHW.new_empty(len(x_BCHW), grid[0] * grid[1], 0), grid)
         else:
-            gather = self.execution != 'masked'
             with region('predictor'):
-                log_probs = predictor(x_BNC)
-            decision = select_decision(log_probs, hw, ratio, self.sparsity.selector, gather)
+                if predictor is None:
+                    log_probs = resize_scores(last.scores, last.hw, hw, size)
+                else:
+                    log_probs = predictor(cell_means(x_BCHW, size))
+            if training:
+                decision = sample_decision(log_probs, grid, ratio, self.temperature, selector)
+            else:
+                gather = self.execution != 'masked'
+                decision = select_decision(log_probs, grid, ratio, selector, gather)
         self.decisions.append(decision)
         return decision
 
@@ -131,6 +186,22 @@ class SparseBackbone(BaseModule):
                 level=logging.WARNING,
             )
 
+    def _check_options(self) -> None:
+        for name in ('cell_size', 'follow', 'attention'):
+            value = getattr(self.sparsity, name)
+            if value and name not in self.options:
+                default = Sparsity.__dataclass_fields__[name].default
+                raise ValueError(
+                    f'sparsity.{name} must be {default} in a {type(self).__name__}, got {value}'
+                )
+
+    def with_decisions(self, maps: Sequence) -> tuple:
+        """Return the maps of a forward as a tuple that carries its decisions.
+
+        It is a plain one while the backbone is exported.
+        """
+        return tuple(maps) if is_exporting() else Features(maps, self.decisions)
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Leave out the norms of outputs that this model does not have."""
         for name in [k for k in state_dict if re.match(r'norm\d\.', k.removeprefix(prefix))]:
@@ -145,7 +216,7 @@ class SparseBackbone(BaseModule):
 
 def _forget_exported(backbone: SparseBackbone, args: tuple, outs: tuple) -> None:
     """Leave none of the decisions that torch.export traced, which have no values."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+    if is_exporting():
         backbone.decisions = []
 
 

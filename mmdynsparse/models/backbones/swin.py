@@ -7,6 +7,7 @@ Sparsification* (T-PAMI 2023, arXiv 2207.01580). Arguments and state-dict names 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA, fused_paths
-from ...ops import Decision, two_paths
+from ...ops import Decision, KeptWindows, region, two_paths, with_positions
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained, resize_bias_table, resize_pos_embed
 from .sparse_backbone import (
@@ -32,11 +33,12 @@ from .sparse_backbone import (
     may_be_new,
 )
 
-Decide = Callable[[Tensor, tuple[int, int], nn.Module], Decision]
+# Decides for the tokens of a map of this height and width: by a predictor, or as the last time.
+Decide = Callable[[Tensor, tuple[int, int], nn.Module | None, Decision | None], Decision]
 
 
 class SwinBlock(BaseModule):
-    """Window attention everywhere, then FFN (slow) or fast path for each token.
+    """Window attention, then FFN (slow) or fast path for each token.
 
     Args:
         embed_dims: Channels C.
@@ -51,6 +53,7 @@ class SwinBlock(BaseModule):
         with_cp: Whether activations are recomputed in the backward pass.
         fast_path: Config of the fast path, or None for a block that is never sparse or whose
             dropped tokens stay as they are.
+        sparse_attention: Whether attention updates kept tokens only.
         **attn_kwargs: Further arguments of :class:`ShiftWindowMSA`.
     """
 
@@ -67,10 +70,12 @@ class SwinBlock(BaseModule):
         norm_cfg: dict,
         with_cp: bool,
         fast_path: dict | None,
+        sparse_attention: bool,
         **attn_kwargs,
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
+        self.sparse_attention = sparse_attention
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = ShiftWindowMSA(
             embed_dims,
@@ -91,26 +96,72 @@ class SwinBlock(BaseModule):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
-        self, x: Tensor, hw: tuple[int, int], decision: Decision | None, execution: str
+        self,
+        x: Tensor,
+        hw: tuple[int, int],
+        decision: Decision | None,
+        execution: str,
+        kept: KeptWindows | None = None,
     ) -> Tensor:
-        """Return the block's output for tokens (B, N, C); without a decision it is dense."""
+        """Return the block's output for tokens (B, N, C); without a decision it is dense.
+
+        Args:
+            x: Tokens.
+            hw: Height and width of the map.
+            decision: Which tokens are kept, or None.
+            execution: How a sparse block is executed.
+            kept: Where attention is computed if it is sparse and gathered. Defaults to None.
+        """
+        args = (x, hw, decision, execution, kept)
         if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, hw, decision, execution, use_reentrant=False)
-        return self._forward(x, hw, decision, execution)
+            return cp.checkpoint(self._forward, *args, use_reentrant=False)
+        return self._forward(*args)
 
     def _forward(
-        self, x: Tensor, hw: tuple[int, int], decision: Decision | None, execution: str
+        self,
+        x: Tensor,
+        hw: tuple[int, int],
+        decision: Decision | None,
+        execution: str,
+        kept: KeptWindows | None,
     ) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), hw))
+        if kept is not None:
+            return self._forward_kept(x, hw, decision, execution, kept)
         # In training the mask and the fast path take part even at keep ratio 1: no parameter is
         # without a gradient, and the mask of ones gives the slow path's value exactly.
-        if decision is None or (decision.keeps_all and not self.training):
+        dense = decision is None or (decision.keeps_all and not self.training)
+        update = self.attn(self.norm1(x), hw)
+        if self.sparse_attention and not dense:
+            update = update * decision.mask.unsqueeze(-1).to(update.dtype)
+        x = x + self.drop_path(update)
+        if dense:
             return x + self.drop_path(self._slow_path(x))
         if execution == 'triton':
             slow = self.ffn.weights(self.norm2)
             return fused_paths(x, x, slow, self.fast_path, decision)
         gather = execution == 'gather'
         return two_paths(x, x, self._slow_path, self.fast_path, decision, gather, self.drop_path)
+
+    def _forward_kept(
+        self,
+        x: Tensor,
+        hw: tuple[int, int],
+        decision: Decision,
+        execution: str,
+        kept: KeptWindows,
+    ) -> Tensor:
+        update_KC = self.attn.attend_kept(x, self.norm1, hw, kept)
+        if execution == 'triton':
+            with region('scatter'):
+                x = x.flatten(0, 1).index_add(0, decision.kept, update_KC).view_as(x)
+            slow = self.ffn.weights(self.norm2)
+            return fused_paths(x, x, slow, self.fast_path, decision)
+
+        # Attention and FFN of a kept token are one update, scattered once.
+        def slow_path(x_KC: Tensor) -> Tensor:
+            return update_KC + self._slow_path(x_KC + update_KC)
+
+        return two_paths(x, x, slow_path, self.fast_path, decision, True, self.drop_path)
 
     def _slow_path(self, x: Tensor) -> Tensor:
         return self.ffn(self.norm2(x))
@@ -125,8 +176,9 @@ class SwinStage(BaseModule):
         drop_path_rates: Stochastic depth of each block.
         downsample: The merging after the stage, or None. The backbone calls it.
         locations: Blocks before which a predictor decides.
-        predictor: Config of the predictors.
+        predictors: What decides before them, nothing in a stage that follows.
         fast_path: Config of the fast paths of the blocks from the first location on.
+        sparse_attention: Whether attention updates kept tokens only.
         **block_kwargs: Further arguments of :class:`SwinBlock`.
     """
 
@@ -137,11 +189,13 @@ class SwinStage(BaseModule):
         drop_path_rates: Sequence[float],
         downsample: PatchMerging | None,
         locations: Sequence[int],
-        predictor: dict | None,
+        predictors: Sequence[nn.Module],
         fast_path: dict | None,
+        sparse_attention: bool,
         **block_kwargs,
     ) -> None:
         super().__init__()
+        self.sparse_attention = sparse_attention
         self.locations = tuple(locations)
         first_sparse = min(locations, default=depth)
         self.blocks = ModuleList(
@@ -150,22 +204,49 @@ class SwinStage(BaseModule):
                 shift=i % 2 == 1,
                 drop_path_rate=drop_path_rates[i],
                 fast_path=fast_path if i >= first_sparse else None,
+                sparse_attention=sparse_attention,
                 **block_kwargs,
             )
             for i in range(depth)
         )
-        self.predictors = ModuleList(build_part(predictor, embed_dims) for _ in locations)
+        self.predictors = ModuleList(predictors)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, hw: tuple[int, int], decide: Decide, execution: str) -> Tensor:
-        """Return the output, before merging, for tokens (B, N, C)."""
-        decision = None
+    def forward(
+        self,
+        x: Tensor,
+        hw: tuple[int, int],
+        decide: Decide,
+        last: Decision | None,
+        execution: str,
+    ) -> tuple[Tensor, Decision | None]:
+        """Run the blocks.
+
+        Args:
+            x: Tokens (B, N, C).
+            hw: Height and width of the map.
+            decide: Makes a decision.
+            last: The last one that was made before, or None.
+            execution: How sparse blocks are executed.
+
+        Returns:
+            The tokens, before merging, and the last decision that was made.
+        """
+        decision, gathers, windows = None, False, {}
         predictors = iter(self.predictors)
         for i, block in enumerate(self.blocks):
             if i in self.locations:
-                decision = decide(x, hw, next(predictors))
-            x = block(x, hw, decision, execution)
-        return x
+                decision = last = decide(x, hw, next(predictors, None), last)
+                gathers = self.sparse_attention and execution != 'masked' and not decision.keeps_all
+                if gathers and decision.kept is None:
+                    decision = with_positions(decision)
+                windows = {}
+            shift = block.attn.shift(hw)
+            if gathers and shift not in windows:
+                with region('gather'):
+                    windows[shift] = block.attn.kept_windows(decision.kept, len(x), hw)
+            x = block(x, hw, decision, execution, windows.get(shift))
+        return x, last
 
 
 @MODELS.register_module()
@@ -210,6 +291,7 @@ class SparseSwinTransformer(SparseBackbone):
     """
 
     original: ClassVar[str] = 'SwinTransformer'
+    options = ('cell_size', 'follow', 'attention')
 
     def __init__(
         self,
@@ -270,8 +352,9 @@ class SparseSwinTransformer(SparseBackbone):
                 drop_path[sum(depths[:i]) : sum(depths[: i + 1])],
                 None if last else PatchMerging(dims, 2 * dims, strides[i + 1], patch_norm_cfg),
                 self.stage_locations(i),
-                parts.predictor if parts else None,
+                self.build_predictors(i, dims),
                 parts.fast_path if parts else None,
+                parts is not None and parts.attention,
                 num_heads=num_heads[i],
                 feedforward_channels=int(mlp_ratio * dims),
                 window_size=window_size,
@@ -291,23 +374,35 @@ class SparseSwinTransformer(SparseBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
 
-        The decisions made on the way are in ``decisions`` afterwards.
+        The tuple carries the decisions made on the way, and ``decisions`` holds them afterwards.
         """
         self.start_decisions()
         x, hw = self.patch_embed(x)
         if self.use_abs_pos_embed:
             x = x + resize_pos_embed(self.absolute_pos_embed, self.pretrain_hw, hw)
         x = self.drop_after_pos(x)
+        decision = None
         outs = []
         for i in range(max(self.out_indices) + 1):
             stage = self.stages[i]
-            x = stage(x, hw, self.decide, self.execution_in(stage.training))
+            execution = self.execution_in(stage.training)
+            x, decision = stage(x, hw, partial(self._decide, i), decision, execution)
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(x)
                 outs.append(out.unflatten(1, hw).permute(0, 3, 1, 2).contiguous())
             if i < max(self.out_indices):
                 x, hw = stage.downsample(x, hw)
-        return tuple(outs)
+        return self.with_decisions(outs)
+
+    def _decide(
+        self,
+        stage: int,
+        x: Tensor,
+        hw: tuple[int, int],
+        predictor: nn.Module | None,
+        last: Decision | None,
+    ) -> Decision:
+        return self.decide(x.transpose(1, 2).unflatten(2, hw), stage, predictor, last)
 
     def train(self, mode: bool = True) -> 'SparseSwinTransformer':
         """Set the training mode; frozen stages stay in eval mode, without gradients."""

@@ -157,6 +157,7 @@ class SparseVisionTransformer(SparseBackbone):
 
     original: ClassVar[str] = 'VisionTransformer'
     executions = ('gather', 'masked')
+    options = ()
 
     def __init__(
         self,
@@ -260,8 +261,8 @@ class SparseVisionTransformer(SparseBackbone):
     def forward(self, x: Tensor) -> tuple:
         """Return the maps (B, C, H, W) of ``out_indices`` for images (B, C, H, W).
 
-        With ``output_cls_token`` each is a list of the map and the class token (B, C). The
-        decisions made on the way are in ``decisions`` afterwards.
+        With ``output_cls_token`` each is a list of the map and the class token (B, C). The tuple
+        carries the decisions made on the way, and ``decisions`` holds them afterwards.
         """
         self.start_decisions()
         whole, hw = self._embed(x)
@@ -280,7 +281,7 @@ class SparseVisionTransformer(SparseBackbone):
                 out = tokens if subset is None else put_tokens(whole, tokens, subset)
                 last = i == len(self.layers) - 1
                 outs.append(self._output(self.ln1(out) if last and self.ln1 else out, hw))
-        return tuple(outs)
+        return self.with_decisions(outs)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x, hw = self.patch_embed(x)

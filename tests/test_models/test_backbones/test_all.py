@@ -22,8 +22,9 @@ CONVNEXT = dict(
     layer_scale_init_value=1.0,
 )
 VIT = dict(img_size=64, embed_dims=32, num_layers=8, num_heads=4, out_indices=(1, 3, 5, 7))
-RESNET = dict(base_channels=8, stem_channels=8, cell_size=(4, 4, 2, 2))
-LOW_RANK = dict(fast_path=dict(type='mmdynsparse.LowRankFastPath', reduction=4))
+CELLS = dict(cell_size=(4, 4, 2, 2))
+RESNET = dict(base_channels=8, stem_channels=8, sparsity=CELLS)
+LOW_RANK = dict(CELLS, fast_path=dict(type='mmdynsparse.LowRankFastPath', reduction=4))
 BACKBONES = {
     'SparseSwinTransformer': SWIN,
     'SparseConvNeXt': CONVNEXT,
@@ -79,7 +80,7 @@ def test_every_backbone_is_here():
 
 def dense_original(name):
     """The dense original with random weights, its features and its state dict in our names."""
-    cfg = {k: v for k, v in BACKBONES[name].items() if k not in ('sparsity', 'cell_size')}
+    cfg = {k: v for k, v in BACKBONES[name].items() if k != 'sparsity'}
     if name == 'SparseConvNeXt':
         convnext = pytest.importorskip('timm').models.convnext.ConvNeXt
         dense = convnext(**dict(zip(('depths', 'dims'), cfg['arch'].values(), strict=True)))

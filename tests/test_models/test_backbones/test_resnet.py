@@ -61,8 +61,8 @@ def original(name, **kwargs):
 
 
 def tiny(cls=SparseResNet, depth=50, sparsity=SPARSE, **kwargs):
-    kwargs = dict(base_channels=16, cell_size=(4, 4, 2, 2)) | kwargs
-    return tame(cls(depth, sparsity=sparsity, **kwargs)).eval()
+    sparsity = dict(sparsity, cell_size=(4, 4, 2, 2))
+    return tame(cls(depth, sparsity=sparsity, **(dict(base_channels=16) | kwargs))).eval()
 
 
 def max_diff(a, b):
@@ -230,8 +230,7 @@ def test_initial_blocks_are_the_identity(depth):
         (dict(plugins=[dict(cfg=dict(type='ContextBlock'))]), 'plugins must be None'),
         (dict(conv_cfg=dict(type='ConvWS')), 'conv_cfg must be None'),
         (dict(norm_cfg=dict(type='GN', num_groups=4)), "norm_cfg must be a batch norm, got .*'GN'"),
-        (dict(cell_size=(8, 8, 4)), r'cell_size must be at least 1 in each of 4 stages'),
-        (dict(cell_size=(8, 8, 4, 0)), r'cell_size must be at least 1 .*got \(8, 8, 4, 0\)'),
+        (dict(sparsity=dict(SPARSE, attention=True)), 'attention must be False .* got True'),
         (dict(sparsity=dict(SPARSE, locations={1: (0,)})), r'locations\[1\] takes blocks .*\(0,\)'),
         (dict(out_indices=(0, 4)), r'out_indices must be in 0 to 3, got \(0, 4\)'),
         (dict(frozen_stages=5), 'frozen_stages must be in -1 to 4, got 5'),

@@ -15,13 +15,14 @@ CONVNEXT = dict(
     out_indices=(0, 1, 2),
     gap_before_final_norm=False,
 )
-RESNET = dict(base_channels=16, cell_size=(4, 4, 2, 2), num_stages=3, out_indices=(0, 1, 2))
+RESNET = dict(base_channels=16, num_stages=3, out_indices=(0, 1, 2))
 RESNET = dict(RESNET, strides=(1, 2, 2), dilations=(1, 1, 1))
+CELLS = dict(SPARSE, cell_size=(4, 4, 2))
 MODELS = {
     'swin': lambda **kw: SparseSwinTransformer(**SWIN, sparsity=SPARSE | kw),
     'convnext': lambda **kw: SparseConvNeXt(**CONVNEXT, sparsity=SPARSE | kw),
-    'r18': lambda **kw: SparseResNet(18, **RESNET, sparsity=SPARSE | kw),
-    'r50': lambda **kw: SparseResNet(50, **RESNET, sparsity=SPARSE | kw),
+    'r18': lambda **kw: SparseResNet(18, **RESNET, sparsity=CELLS | kw),
+    'r50': lambda **kw: SparseResNet(50, **RESNET, sparsity=CELLS | kw),
 }
 
 
