@@ -10,11 +10,11 @@ model = dict(
 optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=20),
-    dict(type='PolyLR', eta_min=1e-6, power=1.0, by_epoch=False, begin=20, end=240),
+    dict(type='PolyLR', eta_min=1e-6, power=1.0, by_epoch=False, begin=20, end=200),
 ]
-train_cfg = dict(max_iters=240)
+train_cfg = dict(max_iters=200)
 custom_hooks = [
     dict(type='mmdynsparse.SparsityHook', weight=10.0),
     dict(type='mmdynsparse.DistillationHook', logit_weight=0.5, features=dict(backbone=0.5)),
-    dict(type='mmdynsparse.FreezePretrained', iters=24),
+    dict(type='mmdynsparse.FreezePretrained', iters=20),
 ]

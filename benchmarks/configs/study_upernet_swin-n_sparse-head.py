@@ -1,0 +1,8 @@
+# The same with a sparse head: by level, and in 30% of the cells, which a predictor chooses.
+_base_ = './study_upernet_swin-n.py'
+model = dict(
+    decode_head=dict(
+        type='mmdynsparse.SparseUPerHead',
+        sparsity=dict(keep_ratio=0.3, predictor=dict(type='mmdynsparse.CellPredictor')),
+    )
+)
