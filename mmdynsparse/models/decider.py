@@ -1,16 +1,28 @@
 """Decisions for the cells of a map in a neck or head."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..ops import SELECTORS, Decision, keep_all, region, sample_decision, select_decision
+from ..ops import (
+    SELECTORS,
+    Decision,
+    cell_grid,
+    keep_all,
+    region,
+    resize_scores,
+    sample_decision,
+    select_decision,
+)
 from ..registry import MODELS
+from .features import is_exporting
 from .sparsity import check_choice, check_ratio
+
+# In place of a predictor's config: the decisions come with the feature maps.
+BACKBONE = 'backbone'
 
 
 @dataclass(frozen=True)
@@ -22,13 +34,14 @@ class CellSparsity:
         cell_size: Side of a cell, in positions of the finest map: an even number. Defaults to 8.
         selector: How cells are selected at inference, see
             :class:`~mmdynsparse.models.sparsity.Sparsity`. Defaults to 'topk'.
-        predictor: Config of the predictor. Defaults to None, which is up to the neck or head.
+        predictor: Config of the predictor, or 'backbone' for the scores of the backbone's, at this
+            keep ratio. Defaults to None, which is up to the neck or head.
     """
 
     keep_ratio: float
     cell_size: int = 8
     selector: str = 'topk'
-    predictor: Mapping | None = None
+    predictor: Mapping | str | None = None
 
     @classmethod
     def from_cfg(cls, cfg: Mapping) -> 'CellSparsity':
@@ -49,6 +62,10 @@ class CellSparsity:
             raise ValueError(
                 f'sparsity.cell_size must be an even number from 2 on, got {self.cell_size!r}'
             )
+        if isinstance(self.predictor, str) and self.predictor != BACKBONE:
+            raise ValueError(
+                f'sparsity.predictor must be a config or {BACKBONE!r}, got {self.predictor!r}'
+            )
         return self
 
 
@@ -60,6 +77,7 @@ class Decider(nn.Module):
         decisions: The decision of the last call, in a list of one.
         execution: 'gather' (the default) or 'masked', how the neck or head runs in eval mode; in
             training it is always masked.
+        follows: Whether the scores are those of the backbone's predictors.
         temperature: Of the Gumbel-softmax by which training samples, > 0; 1 unless changed.
         has_ratio_loss: Whether something trains the predictor towards the keep ratio; set by
             ``SparsityHook``. A predictor that trains without it warns once.
@@ -73,8 +91,9 @@ class Decider(nn.Module):
     def __init__(self, sparsity: CellSparsity, embed_dims: int) -> None:
         super().__init__()
         self.selector = sparsity.selector
+        self.follows = sparsity.predictor == BACKBONE
         self.predictor = None
-        if sparsity.predictor is not None:
+        if sparsity.predictor is not None and not self.follows:
             self.predictor = MODELS.build({**sparsity.predictor, 'embed_dims': embed_dims})
         self.set_keep_ratio(sparsity.keep_ratio)
         self.decisions: list[Decision] = []
@@ -105,18 +124,57 @@ class Decider(nn.Module):
     def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
         """Decide for cells.
 
+        A predictor in training mode samples, and so do scores through which one learns, then
+        exactly the keep ratio, because that predictor may have another. All else selects.
+
         Args:
             x_BNC: Features of the cells, or without a predictor their log-probabilities
-                [keep, drop], (B, N, 2).
+                [keep, drop], (B, N, 2); with no features at all everything is kept.
             hw: Rows and columns of cells, with N of them together.
         """
         decision = self._decide(x_BNC, hw)
-        self.decisions = [] if _is_exporting() else [decision]
+        self.decisions = [] if is_exporting() else [decision]
         return decision
 
     def keep_all(self, x: Tensor, hw: tuple[int, int]) -> Decision:
-        """Keep all cells of the maps ``x`` (B, ...) without looking; for ``keeps_all``."""
+        """Keep all cells of the maps ``x`` (B, ...) without looking."""
         return self(x.new_empty(len(x), hw[0] * hw[1], 0), hw)
+
+    def known(
+        self, inputs: Sequence[Tensor], hw: tuple[int, int], cell_size: int
+    ) -> Decision | None:
+        """Return the decision if it can be made before anything is computed.
+
+        It can if everything is kept, and if the backbone's predictors are followed. Of the
+        backbone's decisions the last one whose locations are no larger than the cells is taken,
+        or else the finest; where the backbone keeps everything without looking, so is here.
+
+        Args:
+            inputs: What the neck or head gets.
+            hw: Height and width of the map of which the cells are.
+            cell_size: Side of a cell, in positions.
+
+        Raises:
+            ValueError: If the backbone's predictors are to be followed, and the inputs carry no
+                decisions.
+        """
+        grid = cell_grid(hw, cell_size)
+        if self.keeps_all:
+            return self.keep_all(inputs[0], grid)
+        if not self.follows:
+            return None
+        decisions = getattr(inputs, 'decisions', ())
+        if not decisions:
+            raise ValueError(
+                "sparsity.predictor 'backbone' needs feature maps that carry decisions, from a "
+                'sparse backbone and with no neck in between that leaves them behind, got a '
+                f'{type(inputs).__name__} of maps without'
+            )
+        fine = [d for d in decisions if d.hw[0] >= grid[0] and d.hw[1] >= grid[1]]
+        source = fine[-1] if fine else max(decisions[::-1], key=lambda d: d.hw[0] * d.hw[1])
+        if source.keeps_all and not source.scores.requires_grad:
+            return self.keep_all(inputs[0], grid)
+        return self(_cell_scores(source, hw, cell_size), grid)
 
     def _decide(self, x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
         (ratio,) = self.keep_ratios
@@ -124,8 +182,10 @@ class Decider(nn.Module):
             self._warn_without_loss(ratio)
             scores = self.predictor(x_BNC)
             return sample_decision(scores, hw, ratio, self.temperature, self.selector)
-        if ratio >= 1:
+        if ratio >= 1 or x_BNC.shape[-1] == 0:
             return keep_all(x_BNC, hw)
+        if self.training and self.follows and x_BNC.requires_grad:
+            return sample_decision(x_BNC, hw, ratio, self.temperature, self.selector, exact=True)
         if self.predictor is not None:
             with region('predictor'):
                 x_BNC = self.predictor(x_BNC)
@@ -146,27 +206,26 @@ class Decider(nn.Module):
         return {**self.__dict__, 'decisions': []}
 
 
-class Features(tuple):
-    """Feature maps of a neck, with its decision about them.
+def _cell_scores(decision: Decision, hw: tuple[int, int], cell_size: int) -> Tensor:
+    """Return log-probabilities (B, N, 2) of the cells of a map from a decision's scores.
 
-    OpenMMLab's models hand it on as the tuple that it is.
+    Strides, and the sides of cells as a rule, are powers of two. Locations at the right and bottom
+    edge may then reach beyond the map; others are taken to divide it evenly.
 
     Args:
-        maps: The feature maps.
-        decision: Which cells of the finest maps are kept.
-        cell_size: Side of a cell in the first map, in positions.
+        decision: Made at any stride.
+        hw: Height and width of the map.
+        cell_size: Side of its cells, in positions.
     """
-
-    decision: Decision
-    cell_size: int
-
-    def __new__(cls, maps: Iterable[Tensor], decision: Decision, cell_size: int) -> 'Features':
-        """Make the tuple of ``maps``."""
-        self = super().__new__(cls, maps)
-        self.decision = decision
-        self.cell_size = cell_size
-        return self
-
-
-def _is_exporting() -> bool:
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    (h, w), side = decision.hw, 1
+    while side * h < hw[0] or side * w < hw[1]:
+        side *= 2
+    if cell_grid(hw, side) != (h, w):
+        new_hw, size = hw, cell_size
+    elif cell_size % side:
+        new_hw, size = (h * side, w * side), cell_size
+    else:
+        new_hw, size = (h, w), cell_size // side
+    scores = resize_scores(decision.scores, (h, w), new_hw, size)
+    rows, columns = cell_grid(hw, cell_size)
+    return scores.unflatten(1, cell_grid(new_hw, size))[:, :rows, :columns].flatten(1, 2)

@@ -68,14 +68,15 @@ class SparseUPerHead(UPerHead):
     fusion) run in kept cells. Elsewhere the head predicts at stride 8, from the first level at
     half its resolution, and the logits are enlarged. Which cells are kept is decided from that
     coarse prediction, which is there for the whole map: those with the highest entropy, without
-    training, or those that a predictor chooses.
+    training, or those that a predictor chooses. Or the backbone's predictors have decided.
 
     Args:
         sparsity: None for the dense head, or a dict: ``resolution``, whether the first lever is
             used (True by default), and the arguments of
             :class:`~mmdynsparse.models.decider.CellSparsity`, which turn on the second one if
-            ``keep_ratio`` is among them; without ``predictor`` the entropy decides. Defaults to
-            None.
+            ``keep_ratio`` is among them; without ``predictor`` the entropy decides, and with
+            'backbone' the scores that come with the feature maps of a sparse backbone. Defaults
+            to None.
         **kwargs: Arguments of mmseg's ``UPerHead``.
 
     Raises:
@@ -106,13 +107,15 @@ class SparseUPerHead(UPerHead):
         maps = [self._in_memory(x) for x in self._transform_inputs(inputs)]
         laterals = self._laterals(maps)
         hw = tuple(maps[0].shape[2:])
-        if self.decider is None or self.decider.keeps_all:
-            if self.decider is not None:
-                self.decider.keep_all(maps[0], cell_grid(hw, self.cell_size))
+        decision = None
+        if self.decider is not None:
+            decision = self.decider.known(inputs, hw, self.cell_size)
+        if self.decider is None or (decision is not None and decision.keeps_all):
             return self.cls_seg(self._fuse(maps[0], laterals))
         _check_sizes(maps)
         coarse = self._coarse(maps[0], laterals)
-        decision = self._decide(coarse, hw)
+        if decision is None:
+            decision = self._decide(coarse, hw)
         if self.decider.gathers:
             return self._in_cells(maps[0], coarse, decision)
         return self._masked(maps[0], coarse, decision)

@@ -69,8 +69,11 @@ class SparseRPNHead(RPNHead):
         if sparsity:
             predictor = dict(type='mmdynsparse.CellPredictor')
             cells = CellSparsity.from_cfg(dict(predictor=predictor) | dict(sparsity))
-            if cells.predictor is None:
-                raise ValueError('sparsity.predictor must be a config in an RPN head, got None')
+            if not isinstance(cells.predictor, Mapping):
+                raise ValueError(
+                    'sparsity.predictor must be a config in an RPN head, '
+                    f'got {cells.predictor!r}; the decision of a SparseFPN takes sparsity=dict()'
+                )
             self.cell_size = cells.cell_size
             self.decider = Decider(cells, self.in_channels)
 
@@ -87,8 +90,9 @@ class SparseRPNHead(RPNHead):
     def _decide(self, x: Sequence[Tensor]) -> tuple[Decision | None, int]:
         """Return the decision, if there is one, and the side of its cells in the first map."""
         if self.decider is None:
-            decision = getattr(x, 'decision', None) if self.is_sparse else None
-            return decision, getattr(x, 'cell_size', 0)
+            # A backbone's decisions, which have no cell size, are not about these maps.
+            size = getattr(x, 'cell_size', None) if self.is_sparse else None
+            return (None, 0) if size is None else (x.decisions[-1], size)
         grid = cell_grid(tuple(x[0].shape[2:]), self.cell_size)
         if self.decider.keeps_all:
             return self.decider.keep_all(x[0], grid), self.cell_size

@@ -30,7 +30,8 @@ from ...ops import (
 )
 from ...ops.caching import cached
 from ...registry import MODELS
-from ..decider import CellSparsity, Decider, Features
+from ..decider import CellSparsity, Decider
+from ..features import Features
 
 SPARSE_LEVELS = 2
 
@@ -39,7 +40,8 @@ SPARSE_LEVELS = 2
 class SparseFPN(FPN):
     """FPN that computes its two finest levels, most of its cost, in kept cells.
 
-    A predictor decides from the second level's lateral map, after the top-down path. Kept cells
+    A predictor decides from the second level's lateral map, after the top-down path, or the
+    scores of a sparse backbone's predictors do, which come with its feature maps. Kept cells
     of the first two levels get their 3 x 3 convolution, the others the next coarser level's
     output, enlarged: it stands for the same features at a lower resolution. The output carries
     the decision, which a ``SparseRPNHead`` may use as well.
@@ -76,7 +78,9 @@ class SparseFPN(FPN):
                 f'got {self.upsample_cfg}'
             )
         if cells.predictor is None:
-            raise ValueError('sparsity.predictor must be a config in a sparse FPN, got None')
+            raise ValueError(
+                "sparsity.predictor must be a config or 'backbone' in a sparse FPN, got None"
+            )
         self.cell_size = cells.cell_size
         self.decider = Decider(cells, self.out_channels)
 
@@ -87,19 +91,22 @@ class SparseFPN(FPN):
         """
         if self.decider is None:
             return super().forward(inputs)
-        grid = cell_grid(tuple(inputs[self.start_level].shape[2:]), self.cell_size)
-        if self.decider.keeps_all:
-            decision = self.decider.keep_all(inputs[self.start_level], grid)
-            outs = (x.contiguous() for x in super().forward(inputs))
-            return Features(outs, decision, self.cell_size)
         maps = inputs[self.start_level : self.backbone_end_level]
+        hw = tuple(maps[0].shape[2:])
+        decision = self.decider.known(inputs, hw, self.cell_size)
+        if decision is not None and decision.keeps_all:
+            outs = (x.contiguous() for x in super().forward(inputs))
+            return Features(outs, [decision], self.cell_size)
         laterals = self._laterals(maps)
-        decision = self._decide(laterals[0], grid)
+        _check_sizes(hw, tuple(laterals[0].shape[2:]), self.cell_size)
+        if decision is None:
+            cells_BNC = cell_means(laterals[0], self.cell_size // 2)
+            decision = self.decider(cells_BNC, cell_grid(hw, self.cell_size))
         outs = self._coarse_outs(laterals[1:])
         outs.insert(0, self._out(1, laterals[0], None, outs[0], decision))
         outs.insert(0, self._out(0, maps[0], laterals[0], outs[0], decision))
         outs = self._with_extra(outs, inputs, laterals)
-        return Features(outs, decision, self.cell_size)
+        return Features(outs, [decision], self.cell_size)
 
     def _laterals(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Lateral maps of the second level (which comes first) and of the coarser ones."""
@@ -111,15 +118,6 @@ class SparseFPN(FPN):
 
     def _in_memory(self, x: Tensor) -> Tensor:
         return x if self.training else x.contiguous(memory_format=torch.channels_last)
-
-    def _decide(self, lateral: Tensor, grid: tuple[int, int]) -> Decision:
-        hw = tuple(lateral.shape[2:])
-        if cell_grid(hw, self.cell_size // 2) != grid:
-            raise ValueError(
-                'the second map of a sparse FPN must have half the height and width of the first, '
-                f'got {hw} with {grid[0]} x {grid[1]} cells of {self.cell_size} positions'
-            )
-        return self.decider(cell_means(lateral, self.cell_size // 2), grid)
 
     def _coarse_outs(self, laterals: list[Tensor]) -> list[Tensor]:
         convs = self.fpn_convs[SPARSE_LEVELS : len(self.lateral_convs)]
@@ -215,6 +213,14 @@ class SparseFPN(FPN):
             x = conv(F.relu(x) if relu else x)
             outs.append(x.contiguous())
         return tuple(outs)
+
+
+def _check_sizes(first: tuple[int, int], second: tuple[int, int], cell_size: int) -> None:
+    if cell_grid(second, cell_size // 2) != cell_grid(first, cell_size):
+        raise ValueError(
+            'the second map of a sparse FPN must have half the height and width of the first, '
+            f'got {second} for {first}'
+        )
 
 
 @cached

@@ -6,7 +6,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.structures import InstanceData
 
-from mmdynsparse.models.decider import Features
+from mmdynsparse.models.features import Features
 from mmdynsparse.ops import Decision, with_positions
 
 pytest.importorskip('mmdet')
@@ -63,7 +63,7 @@ def features(ratio=0.5, gather=True):
     masks = torch.zeros(2, 4, 4)
     masks[0, :, :2] = 1
     decision = Decision(masks.flatten(1), torch.zeros(2, 16), (4, 4), ratio)
-    return Features(maps(), with_positions(decision) if gather else decision, 8)
+    return Features(maps(), [with_positions(decision) if gather else decision], 8)
 
 
 def close(actual, expected):
@@ -132,8 +132,8 @@ def test_an_object_that_is_missed_raises_the_mask():
     """The loss tells the mask to keep the location of an object."""
     head = build({}).train()
     x = features(gather=False)
-    mask = x.decision.mask.clone().requires_grad_()
-    x = Features(tuple(x), x.decision._replace(mask=mask), 8)
+    mask = x.decisions[0].mask.clone().requires_grad_()
+    x = Features(tuple(x), [x.decisions[0]._replace(mask=mask)], 8)
     # Of the size of an anchor of the finest level, in the dropped right half.
     boxes = torch.tensor([[84.0, 52.0, 116.0, 84.0]])
     gt = InstanceData(bboxes=boxes, labels=torch.zeros(1, dtype=torch.long))

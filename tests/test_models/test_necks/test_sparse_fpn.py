@@ -87,8 +87,8 @@ def test_gathered_is_masked(kwargs, hw):
     neck = build(**kwargs)
     masked = run(neck, maps(hw), 'masked')
     gathered = run(neck, maps(hw))
-    assert 0 < gathered.decision.mask.mean() < 1
-    assert gathered.decision.mask.equal(masked.decision.mask)
+    assert 0 < gathered.decisions[0].mask.mean() < 1
+    assert gathered.decisions[0].mask.equal(masked.decisions[0].mask)
     close(gathered, masked)
     assert all(x.is_contiguous() for x in (*gathered, *masked))
     neck.decider.set_keep_ratio(1.0)
@@ -115,7 +115,7 @@ def test_dropped_cells_only_differ_from_dense():
     """Away from dropped cells a level is the dense one's."""
     neck = build(keep_ratio=0.5)
     outs, dense = run(neck, maps()), dense_of(neck)(maps())
-    kept = outs.decision.mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    kept = outs.decisions[0].mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     torch.testing.assert_close(outs[0] * kept, dense[0] * kept, atol=1e-5, rtol=1e-5)
     assert not outs[0].allclose(dense[0], atol=1e-2)
     close(outs[2:], dense[2:])
