@@ -170,8 +170,7 @@ class Decider(nn.Module):
                 'sparse backbone and with no neck in between that leaves them behind, got a '
                 f'{type(inputs).__name__} of maps without'
             )
-        fine = [d for d in decisions if d.hw[0] >= grid[0] and d.hw[1] >= grid[1]]
-        source = fine[-1] if fine else max(decisions[::-1], key=lambda d: d.hw[0] * d.hw[1])
+        source = _last_fine(decisions, grid)
         if source.keeps_all and not source.scores.requires_grad:
             return self.keep_all(inputs[0], grid)
         return self(_cell_scores(source, hw, cell_size), grid)
@@ -204,6 +203,15 @@ class Decider(nn.Module):
     def __getstate__(self) -> dict:
         """Copies and pickles leave the last decision, and its graph, behind."""
         return {**self.__dict__, 'decisions': []}
+
+
+def _last_fine(decisions: Sequence[Decision], grid: tuple[int, int]) -> Decision:
+    """Return the last decision that is at least as fine as a grid, or else the finest."""
+    best = decisions[0]
+    for decision in decisions[1:]:
+        if all(n >= min(m, k) for n, m, k in zip(decision.hw, best.hw, grid, strict=True)):
+            best = decision
+    return best
 
 
 def _cell_scores(decision: Decision, hw: tuple[int, int], cell_size: int) -> Tensor:
