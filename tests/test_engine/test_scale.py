@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmengine.hooks import Hook
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
@@ -167,6 +167,38 @@ def test_noise_depends_on_seed_and_rank(tiny, tmp_path):
         {k: v for k, v in a['weights'].items() if 'running' not in k},
         {k: v for k, v in b['weights'].items() if 'running' not in k},
     )
+
+
+def with_following_head(tiny):
+    """Build the segmentor with a head that follows the decision of the backbone."""
+
+    def build(task):
+        cfg = tiny.config(task)
+        sparsity = dict(keep_ratio=0.25, predictor='backbone')
+        cfg.decode_head.update(type='mmdynsparse.SparseUPerHead', sparsity=sparsity)
+        return MODELS.build(cfg)
+
+    return build
+
+
+def train_following_head(rank, tiny, folder):
+    init_default_scope('mmseg')
+    build = with_following_head(tiny)
+    return train(
+        tiny, folder / 'work', range(2 * rank, 2 * rank + 4), 2, 2, HOOKS[:2], build, **DDP
+    )
+
+
+@needs_gloo
+def test_decisions_for_the_head_in_two_processes(tiny, tmp_path):
+    """No parameter is left without a gradient, which would be an error."""
+    a, b = spawn(train_following_head, tiny, tmp_path)
+    names = [name for name in a['weights'] if 'predictors' in name]
+    assert names and not [name for name in a['weights'] if 'decider' in name]
+    for name in names:
+        torch.testing.assert_close(a['weights'][name], b['weights'][name])
+    assert len(a['losses']) == 2
+    assert all(losses['keep_rate_1'] == 0.25 for losses in a['losses'])
 
 
 def test_one_process_is_deterministic(tiny, tmp_path):

@@ -8,6 +8,8 @@ import torch
 from mmdynsparse.engine.hooks.sparsity_hook import KeepRateMeter
 from mmdynsparse.models import decider as decider_module
 from mmdynsparse.models.decider import CellSparsity, Decider
+from mmdynsparse.models.features import Features
+from mmdynsparse.ops import Decision, keep_all
 
 PREDICTOR = dict(type='mmdynsparse.CellPredictor', reduction=2)
 
@@ -92,3 +94,108 @@ def test_copies_forget_the_decision():
     decider(cells(), (3, 4))
     assert deepcopy(decider).decisions == []
     assert len(decider.decisions) == 1
+
+
+def scored(hw, ratio=0.3, seed=0):
+    """A decision with random scores, or those of a map (H, W) of logits."""
+    if isinstance(hw, torch.Tensor):
+        logits = hw[None]
+    else:
+        torch.manual_seed(seed)
+        logits = torch.randn(1, *hw)
+    scores = torch.nn.functional.logsigmoid(logits).flatten(1)
+    return Decision(torch.zeros_like(scores), scores, tuple(logits.shape[1:]), ratio)
+
+
+def followed(decisions, hw, cell_size=8, keep_ratio=0.5):
+    """What a decider for the cells of a map ``hw`` makes of a backbone's decisions."""
+    cfg = dict(keep_ratio=keep_ratio, predictor='backbone', cell_size=cell_size)
+    decider = Decider(CellSparsity.from_cfg(cfg), 8).eval()
+    maps = Features([torch.zeros(1, 3, *hw)], decisions)
+    decision = decider.known(maps, hw, cell_size)
+    assert decider.decisions == [decision]
+    return decision
+
+
+def test_follows_the_means_of_its_cells():
+    """At stride 16 a cell of 8 positions at stride 4 has 2 x 2 locations, fewer at the edge."""
+    logits = torch.randn(5, 7)
+    decision = followed([scored(logits)], (18, 27))
+    assert decision.hw == (3, 4) and decision.ratio == 0.5
+    means = torch.tensor(
+        [[logits[y : y + 2, x : x + 2].mean() for x in (0, 2, 4, 6)] for y in (0, 2, 4)]
+    )
+    torch.testing.assert_close(decision.scores.view(3, 4), torch.nn.functional.logsigmoid(means))
+    assert decision.mask.sum() == 6
+    assert decision.mask.view(3, 4)[means > means.median()].all()
+
+
+def test_follows_coarser_decisions_between_their_locations():
+    """Cells of 8 within locations of 16 positions, which reach beyond a map of 40 x 24."""
+    logits = torch.tensor([[6.0, -6.0], [0.0, 0.0], [-6.0, 6.0]])
+    decision = followed([scored(logits)], (40, 24))
+    assert decision.hw == (5, 3)
+    scores = decision.scores.view(5, 3)
+    assert scores[0, 0] > scores[0, 1] > scores[0, 2]
+    assert scores[0, 0] > scores[1, 0] > scores[4, 0]
+    even = followed([scored(torch.zeros(3, 2))], (40, 24)).scores
+    torch.testing.assert_close(even.exp(), torch.full_like(even, 0.5))
+
+
+def test_follows_locations_of_any_other_size():
+    """Cells of 7 locations at stride 16 are 28 positions, no power of two."""
+    logits = torch.zeros(5, 5)
+    logits[:, :2] = 5
+    decision = followed([scored(logits)], (128, 128), keep_ratio=0.25)
+    assert decision.hw == (16, 16)
+    assert decision.mask.view(16, 16)[:, :4].all()
+
+
+def test_follows_the_last_decision_that_is_fine_enough():
+    hw, cases = (64, 64), {}
+    fine, equal, coarse, coarsest = (scored((n, n)) for n in (16, 8, 4, 2))
+    again = scored((16, 16), seed=1)
+    cases['last'] = [fine, again], again
+    cases['as fine as the cells'] = [fine, equal], equal
+    cases['none too coarse'] = [fine, equal, coarse], equal
+    cases['finest of the coarse'] = [coarsest, coarse, coarsest], coarse
+    cases['last of equals'] = [coarse, scored((4, 4), seed=1)], None
+    for name, (decisions, expected) in cases.items():
+        source = expected or decisions[-1]
+        scores = followed(decisions, hw).scores
+        assert torch.equal(scores, followed([source], hw).scores), name
+        others = [d for d in decisions if d is not source]
+        assert not any(torch.equal(scores, followed([d], hw).scores) for d in others), name
+
+
+def test_follows_everything_kept():
+    """Unless there are scores: those of a predictor that learns to keep."""
+    tokens = torch.zeros(1, 16, 3)
+    assert followed([keep_all(tokens, (4, 4))], (16, 16)).keeps_all
+    learning = scored((4, 4), ratio=1.0)
+    learning.scores.requires_grad_()
+    assert followed([learning], (16, 16)).mask.mean() == 0.5
+
+
+def test_trains_at_its_own_ratio():
+    """The predictor that is followed keeps 10% by its own, and learns from what is kept here."""
+    cfg = CellSparsity.from_cfg(dict(keep_ratio=0.5, predictor='backbone'))
+    decider = Decider(cfg, 8)
+    source = scored(torch.randn(4, 4) - 2.2)
+    source.scores.requires_grad_()
+    masks = []
+    for _ in range(8):
+        decision = decider.known(Features([torch.zeros(1, 1, 32, 32)], [source]), (32, 32), 8)
+        masks.append(decision.mask)
+        assert decision.mask.sum() == 8 and decision.kept is None
+    assert not all(torch.equal(masks[0], mask) for mask in masks)
+    (masks[0] * torch.randn(16)).sum().backward()
+    assert (source.scores.grad != 0).all()
+    frozen = Features([torch.zeros(1, 1, 32, 32)], [scored((4, 4))])
+    masks = [decider.known(frozen, (32, 32), 8).mask for _ in range(2)]
+    assert torch.equal(*masks)
+
+
+def test_predictor_is_a_config_or_the_backbones():
+    with pytest.raises(ValueError, match="must be a config or 'backbone', got 'neck'"):
+        CellSparsity.from_cfg(dict(keep_ratio=0.5, predictor='neck'))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmdynsparse.ops import (
     SELECTORS,
@@ -170,3 +171,14 @@ def test_resized_scores_are_finite_whatever_the_scores():
     resized[..., 1].sum().backward()
     assert resized.isfinite().all() and scores.grad.isfinite().all()
     assert scores.grad[0, 4:].abs().min() > 0
+
+
+def test_exact_sampling_keeps_the_budget_whatever_the_probabilities():
+    logits = (torch.randn(4, 50) - 3).requires_grad_()
+    log_probs_BN2 = F.logsigmoid(torch.stack((logits, -logits), -1))
+    masks = [sample_decision(log_probs_BN2, (5, 10), 0.3, exact=True).mask for _ in range(200)]
+    assert all(mask.sum(1).tolist() == [15] * 4 for mask in masks)
+    rates = torch.stack(masks).mean(0).detach()
+    assert torch.corrcoef(torch.stack((rates.flatten(), logits.detach().flatten())))[0, 1] > 0.7
+    masks[0].sum().backward()
+    assert (logits.grad > 0).all()
