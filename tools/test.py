@@ -155,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = checkpoint or CheckpointLoader.load_checkpoint(args.checkpoint, 'cpu')
         weights = checkpoint.get('state_dict', checkpoint)
         check_weights(runner.model, weights, args.checkpoint)
-    runner.test()
+    with one_line_errors(runner):
+        runner.test()
 
 
 if __name__ == '__main__':

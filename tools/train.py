@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         adapt_to_cpu(cfg)
         runner = build_runner(cfg)
         check_not_empty(runner, 'train')
-    runner.train()
+    with one_line_errors(runner):
+        runner.train()
 
 
 if __name__ == '__main__':

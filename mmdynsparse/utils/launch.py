@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
+from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -68,17 +69,38 @@ class ToolParser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {message}\n')
 
 
+class _EpochBegan(Hook):
+    """Remembers whether a run has come to its first epoch."""
+
+    def __init__(self) -> None:
+        self.began = False
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self.began = True
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self.began = True
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(runner: Runner | None = None) -> Iterator[None]:
     """Turns a ``ValueError`` about the user's input into one line on stderr and exit code 1.
 
     Subclasses such as ``UnicodeDecodeError`` come out of libraries, where the traceback is needed,
     and pass through like any other exception.
+
+    Args:
+        runner: The runner that trains or tests within the context. From its first epoch on, when
+            hooks and optimizer have accepted their settings, errors pass through. Defaults to
+            None.
     """
+    epoch = _EpochBegan()
+    if runner is not None:
+        runner.register_hook(epoch, priority='LOWEST')
     try:
         yield
     except ValueError as error:
-        if type(error) is not ValueError:
+        if type(error) is not ValueError or epoch.began:
             raise
         program = osp.basename(sys.argv[0])
         print(f'{program}: error: {" ".join(str(error).split())}', file=sys.stderr, flush=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 
 
 @pytest.fixture(scope='module')
@@ -224,3 +226,50 @@ def test_weights_of_another_model(
     line = fails('test.py', write_config('seg'), *args)
     assert 'missing keys (backbone.' in line
     assert '1 unexpected keys (backbone.weight)' in line
+
+
+DENSE = 'model["backbone"] = dict(model["backbone"], type="SwinTransformer")\n'
+DENSE += 'model["backbone"].pop("sparsity")\n'
+LATE = 'custom_hooks.append(dict(type="mmdynsparse.KeepRatioSchedule", end=100))\n'
+REFUSED = {
+    'dense model': (DENSE, 'SparsityHook needs a model with a sparse part'),
+    'schedule': (LATE, "end of KeepRatioSchedule must be at most the training's 4 iterations"),
+    'optimizer': (
+        'optim_wrapper.update(constructor="mmdynsparse.FineTuneOptimWrapperConstructor", '
+        'paramwise_cfg=dict(pretrained_lr_mult=2))\n',
+        r'pretrained_lr_mult must be in [0, 1], got 2',
+    ),
+}
+
+
+@pytest.mark.parametrize(('extra', 'expected'), REFUSED.values(), ids=REFUSED)
+def test_refused_at_the_start_of_training(
+    extra: str, expected: str, fails: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    config = write_config('seg', extra, name='refused')
+    assert expected in fails('train.py', config, '--work-dir', tmp_path)
+
+
+def test_refused_at_the_start_of_testing(
+    fails: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    config = write_config('seg', DENSE, name='dense')
+    init_default_scope('mmseg')
+    model = MODELS.build(Config.fromfile(config).model)
+    torch.save(model.state_dict(), tmp_path / 'dense.pth')
+    line = fails('test.py', config, tmp_path / 'dense.pth', '--work-dir', tmp_path)
+    assert REFUSED['dense model'][1] in line
+
+
+def test_errors_of_iterations_have_their_traceback(
+    fails: Callable, load_tool: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    """Here the head finds out that the backbone decides nothing."""
+    extra = (
+        f'{DENSE}custom_hooks = []\n'
+        'model["decode_head"].update(type="mmdynsparse.SparseUPerHead", '
+        'norm_cfg=dict(type="BN"), sparsity=dict(keep_ratio=0.5, predictor="backbone"))\n'
+    )
+    config = write_config('seg', extra, name='undecided')
+    with pytest.raises(ValueError, match='needs feature maps that carry decisions'):
+        load_tool('train.py').main([str(config), '--work-dir', str(tmp_path)])
