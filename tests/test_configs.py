@@ -310,7 +310,7 @@ def test_sparse_heads_differ_from_their_relative_in_neck_and_head(path):
     """The name says which parts are sparse; all else is the config it is named after."""
     cfg, name = Config.fromfile(path), path.name
     relative = name.replace('sparse-upernet', 'upernet').replace('sparse-fpn', 'fpn')
-    relative = relative.replace('-by-level', '').replace('-entropy', '')
+    relative = re.sub('-by-level|-entropy|-by-backbone', '', relative)
     if relative.startswith('swin-t'):
         # The dense one is mmsegmentation's, to which the sparse one is compared above.
         expected = Config.fromfile(CONFIGS / 'sparse_swin' / f'sparse-{relative}')
@@ -332,7 +332,9 @@ def test_sparse_heads_differ_from_their_relative_in_neck_and_head(path):
         return
     assert sparsities[0].pop('keep_ratio') == 0.3
     learned = dict(predictor=dict(type='mmdynsparse.CellPredictor'))
-    if 'upernet' in name:
+    if 'by-backbone' in name:
+        assert sparsities == [dict(predictor='backbone'), {}][: len(parts)]
+    elif 'upernet' in name:
         assert sparsities == [{} if 'entropy' in name else learned]
     else:
         assert sparsities == [{}, {}]

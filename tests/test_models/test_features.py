@@ -187,6 +187,16 @@ def test_a_segmentor_is_one_graph():
             torch.testing.assert_close(compiled(inputs), model(inputs), atol=1e-4, rtol=1e-4)
 
 
+def test_an_exported_backbone_hands_on_nothing():
+    """An exported program returns none but torch's types, so a head cannot follow in it."""
+    model = build(config('seg'), 'seg')
+    with torch.no_grad(), pytest.raises(ValueError, match='needs feature maps that carry'):
+        torch.export.export(model, (torch.randn(2, 3, *SIZE),))
+    model.decode_head.decider.set_keep_ratio(1.0)
+    with torch.no_grad():
+        torch.export.export(model, (torch.randn(2, 3, *SIZE),))
+
+
 @pytest.mark.parametrize('task', ['seg', 'det'])
 def test_mixed_precision(task):
     """Without the heads of the detector: the NMS of mmcv takes no bfloat16 on the CPU."""
