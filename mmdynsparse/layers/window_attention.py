@@ -11,12 +11,13 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..ops import (
-    KeptWindows,
-    head_rows,
-    kept_windows,
+    WindowRows,
+    kept_window_rows,
+    linear,
     region,
     relative_position_index,
     shift_mask,
+    window_rows,
 )
 from .linear import Linear
 
@@ -54,12 +55,14 @@ class WindowMSA(BaseModule):
         self.proj = Linear(embed_dims, embed_dims)
 
     def attend(
-        self, qkv_3AhTD: Tensor, mask: Tensor | None, windows: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, windows: Tensor | None = None
     ) -> Tensor:
         """Attend within each window.
 
         Args:
-            qkv_3AhTD: Queries, keys and values, (3, A, h, T, D).
+            q: Queries, (A, h, T, D).
+            k: Keys, likewise.
+            v: Values, likewise.
             mask: (rows, cols, 1, T, T) from ``shift_mask``, or None.
             windows: (A,) int64, which of the B * rows * cols windows these are. Defaults to None,
                 all of them.
@@ -67,7 +70,6 @@ class WindowMSA(BaseModule):
         Returns:
             (A, h, T, D)
         """
-        q, k, v = qkv_3AhTD.unbind(0)
         attn = (q * self.scale) @ k.transpose(-2, -1)
         attn = attn + self._bias()
         if mask is not None:
@@ -129,11 +131,11 @@ class ShiftWindowMSA(BaseModule):
         """Return the attended tokens (B, N, C) of a map of ``hw`` tokens."""
         with region('attention'):
             heads, shift = self.w_msa.num_heads, self.shift(hw)
-            rows = head_rows(len(x_BNC), hw, self.window_size, shift, heads, x_BNC.device)
-            return self._attend(x_BNC.flatten(0, 1), hw, *rows).view_as(x_BNC)
+            rows = window_rows(len(x_BNC), hw, self.window_size, shift, heads, x_BNC.device)
+            return self._attend(x_BNC.flatten(0, 1), hw, rows).view_as(x_BNC)
 
-    def kept_windows(self, kept_K: Tensor, batch: int, hw: tuple[int, int]) -> KeptWindows:
-        """Find what ``attend_kept`` needs; it depends on the decision, the map and the shift.
+    def kept_rows(self, kept_K: Tensor, batch: int, hw: tuple[int, int]) -> WindowRows:
+        """Find what ``attend_kept`` reads; it depends on the decision, the map and the shift.
 
         Args:
             kept_K: Positions of the kept tokens in the flattened (B * N) batch, int64.
@@ -141,10 +143,10 @@ class ShiftWindowMSA(BaseModule):
             hw: Height and width of the maps.
         """
         heads = self.w_msa.num_heads
-        return kept_windows(kept_K, batch, hw, self.window_size, self.shift(hw), heads)
+        return kept_window_rows(kept_K, batch, hw, self.window_size, self.shift(hw), heads)
 
     def attend_kept(
-        self, x_BNC: Tensor, norm: nn.Module, hw: tuple[int, int], kept: KeptWindows
+        self, x_BNC: Tensor, norm: nn.Module, hw: tuple[int, int], rows: WindowRows
     ) -> Tensor:
         """Return the attended tokens that are kept, (K, C), computed in their windows only.
 
@@ -152,34 +154,44 @@ class ShiftWindowMSA(BaseModule):
             x_BNC: Tokens.
             norm: Is applied to them first.
             hw: Height and width of the map.
-            kept: The windows and the kept tokens.
+            rows: From ``kept_rows``.
         """
         x_RC = x_BNC.flatten(0, 1)
-        if kept.tokens is not None:
+        if rows.tokens is not None:
             with region('gather'):
-                x_RC = x_RC.index_select(0, kept.tokens)
+                x_RC = x_RC.index_select(0, rows.tokens)
         with region('attention'):
-            return self._attend(norm(x_RC), hw, kept.qkv_rows, kept.out_rows, kept.windows)
+            return self._attend(norm(x_RC), hw, rows)
 
-    def _attend(
-        self,
-        x_RC: Tensor,
-        hw: tuple[int, int],
-        qkv_rows: Tensor,
-        out_rows: Tensor,
-        windows: Tensor | None = None,
-    ) -> Tensor:
-        (r, c), heads = x_RC.shape, self.w_msa.num_heads
-        if qkv_rows.numel() > 3 * r * heads:
-            # Slots in the padding hold a zero token; its keys and values are the biases.
-            x_RC = torch.cat((x_RC, x_RC.new_zeros(1, c)))
-        qkv = self.w_msa.qkv(x_RC).view(-1, c // heads).index_select(0, qkv_rows)
-        qkv_3AhTD = qkv.view(3, -1, heads, self.window_size**2, c // heads)
+    def _attend(self, x_RC: Tensor, hw: tuple[int, int], rows: WindowRows) -> Tensor:
+        q, k, v = self._project(x_RC, rows)
         grid, shift = tuple(-(-side // self.window_size) for side in hw), self.shift(hw)
         mask = shift_mask(grid, self.window_size, shift, x_RC.device) if shift else None
-        out = self.w_msa.attend(qkv_3AhTD, mask, windows)
-        out = out.reshape(-1, c // heads).index_select(0, out_rows).view(-1, c)
-        return self.proj_drop(self.w_msa.proj(out))
+        out = self.w_msa.attend(q, k, v, mask, rows.windows)
+        out = out.reshape(-1, q.shape[-1]).index_select(0, rows.out_rows)
+        return self.proj_drop(self.w_msa.proj(out.view(-1, x_RC.shape[1])))
+
+    def _project(self, x_RC: Tensor, rows: WindowRows) -> tuple[Tensor, ...]:
+        """Return queries, keys and values of the windows, each (A, h, T, D)."""
+        qkv, c = self.w_msa.qkv, x_RC.shape[1]
+        parts = 3 if rows.queries is None else 2
+        padded_RC = x_RC
+        if rows.kv_rows.numel() > parts * len(x_RC) * self.w_msa.num_heads:
+            # Slots in the padding hold a zero token; its keys and values are the biases.
+            padded_RC = torch.cat((x_RC, x_RC.new_zeros(1, c)))
+        if rows.queries is None:
+            return self._to_windows(qkv(padded_RC), rows.kv_rows, parts)
+        w_q, w_kv = qkv.weight.split((c, 2 * c))
+        b_q, b_kv = (None, None) if qkv.bias is None else qkv.bias.split((c, 2 * c))
+        q = linear(x_RC.index_select(0, rows.queries), w_q, b_q)
+        kv = linear(padded_RC, w_kv, b_kv)
+        return self._to_windows(q, rows.q_rows, 1) + self._to_windows(kv, rows.kv_rows, parts)
+
+    def _to_windows(self, y: Tensor, rows: Tensor, parts: int) -> tuple[Tensor, ...]:
+        heads = self.w_msa.num_heads
+        dims = y.shape[1] // (parts * heads)
+        y = y.view(-1, dims).index_select(0, rows)
+        return y.view(parts, -1, heads, self.window_size**2, dims).unbind(0)
 
     def shift(self, hw: tuple[int, int]) -> int:
         """Return the cyclic shift on a map of this height and width, in tokens."""

@@ -32,13 +32,13 @@ from .select import (
 from .tokens import TokenSubset, policy_softmax, put_tokens, take_tokens, token_subset
 from .two_paths import two_paths
 from .windows import (
-    KeptWindows,
     WindowLayout,
-    head_rows,
-    kept_windows,
+    WindowRows,
+    kept_window_rows,
     relative_position_index,
     shift_mask,
     window_layout,
+    window_rows,
 )
 
 __all__ = [
@@ -47,9 +47,9 @@ __all__ = [
     'SELECTORS',
     'CellRows',
     'Decision',
-    'KeptWindows',
     'TokenSubset',
     'WindowLayout',
+    'WindowRows',
     'cell_grid',
     'cell_mask',
     'cell_means',
@@ -57,9 +57,8 @@ __all__ = [
     'cell_rows',
     'cell_table',
     'enlarge_rows',
-    'head_rows',
     'keep_all',
-    'kept_windows',
+    'kept_window_rows',
     'linear',
     'num_kept',
     'policy_softmax',
@@ -80,5 +79,6 @@ __all__ = [
     'token_subset',
     'two_paths',
     'window_layout',
+    'window_rows',
     'with_positions',
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .caching import cached
 
-# Share of windows with a kept token above which attention in all of them is as fast (benchmarks/).
+# Share of windows that attend, or of tokens with a query, above which all of them are as fast.
 BREAK_EVEN = 0.9
 
 
@@ -30,20 +30,28 @@ class WindowLayout(NamedTuple):
     slots: Tensor
 
 
-class KeptWindows(NamedTuple):
-    """The windows that hold a kept token.
+class WindowRows(NamedTuple):
+    """Where the queries, keys and values of attention windows are found, and its results.
 
     Attributes:
-        windows: (A,) int64, which of the B * L windows, or None for all of them.
+        windows: (A,) int64, which of the B * L windows attend, or None for all of them.
         tokens: (R,) int64, the tokens in them, window by window, in the flattened (B * N) batch; or
             None for all of them in their order.
-        qkv_rows: (3 * A * heads * T,) int64, as of ``head_rows``, of the tokens listed.
-        out_rows: (K * heads,) int64, rows of a (A, heads, T) table that belong to kept tokens.
+        queries: (K,) int64, those among the R that need a query, or None for all.
+        q_rows: (A * heads * T,) int64, rows of a (K, heads) table of queries; None without
+            ``queries``. A slot that needs no query has that of any token.
+        kv_rows: (P * A * heads * T,) int64, rows of a (R [+ 1], P, heads) table of keys and values,
+            P = 2, or without ``queries`` of queries, keys and values, P = 3. Slots in the padding
+            read the row behind the last token.
+        out_rows: Rows of a (A, heads, T) table of results that are those of the B * N tokens, or
+            of the K kept ones, for each head.
     """
 
     windows: Tensor | None
     tokens: Tensor | None
-    qkv_rows: Tensor
+    queries: Tensor | None
+    q_rows: Tensor | None
+    kv_rows: Tensor
     out_rows: Tensor
 
 
@@ -88,34 +96,33 @@ def _rolled(count: int, shift: int, end: int, device: torch.device) -> Tensor:
 
 
 @cached
-def head_rows(
+def window_rows(
     batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Spell a window layout out for every attention head.
+) -> WindowRows:
+    """Find the rows of all windows and all tokens.
 
-    Returns:
-        The rows that turn a ``(B * N [+ 1], 3, heads)`` table of head vectors into queries, keys
-        and values of shape (3, B, L, heads, T), flattened; and those that turn a (B, L, heads, T)
-        table of results into (B, N, heads), flattened. Both int64.
+    Args:
+        batch: Number of images.
+        hw: Height and width of the maps.
+        window_size: Side of a window, in tokens.
+        shift: Cyclic shift, in tokens.
+        heads: Attention heads.
+        device: Where the index tensors are put.
     """
-    layout = window_layout(batch, hw, window_size, shift, device)
-    t = window_size**2
-    head_H1 = torch.arange(heads, device=device).view(heads, 1)
-    part_3 = torch.arange(3, device=device).view(3, 1, 1, 1, 1)
-    qkv_rows = (layout.tokens[:, :, None] * 3 + part_3) * heads + head_H1
+    layout, t = window_layout(batch, hw, window_size, shift, device), window_size**2
     window = layout.slots // t
-    slot = layout.slots - window * t
-    out_rows = (window[..., None] * heads + head_H1[:, 0]) * t + slot[..., None]
-    return qkv_rows.flatten(), out_rows.flatten()
+    out_rows = _out_rows(window, layout.slots - window * t, t, heads)
+    kv_rows = _head_rows(layout.tokens.flatten(0, 1), 3, heads)
+    return WindowRows(None, None, None, None, kv_rows, out_rows)
 
 
-def kept_windows(
+def kept_window_rows(
     kept_K: Tensor, batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int
-) -> KeptWindows:
-    """Find the windows that hold a kept token.
+) -> WindowRows:
+    """Find the rows of the windows that hold a kept token, and of the kept tokens in them.
 
-    How many there are depends on the decision. Where shapes must be static, in compiled code and
-    on CUDA, it is always all of them.
+    How many windows there are depends on the decision. Where shapes must be static, in compiled
+    code and on CUDA, it is always all of them.
 
     Args:
         kept_K: Positions in the flattened (B * N) batch of tokens, int64.
@@ -125,37 +132,49 @@ def kept_windows(
         shift: Cyclic shift, in tokens.
         heads: Attention heads.
     """
-    device = kept_K.device
-    if torch.compiler.is_compiling() or kept_K.is_cuda:
-        return _all_windows(kept_K, batch, hw, window_size, shift, heads)
-    layout, t = window_layout(batch, hw, window_size, shift, device), window_size**2
+    device, t, count = kept_K.device, window_size**2, batch * hw[0] * hw[1]
+    layout = window_layout(batch, hw, window_size, shift, device)
     slot_K = layout.slots.flatten().index_select(0, kept_K)
-    window_K = slot_K.div(t, rounding_mode='floor')
-    count = layout.tokens.shape[0] * layout.tokens.shape[1]
-    windows = torch.zeros(count, dtype=torch.bool).index_fill_(0, window_K, True).nonzero()[:, 0]
-    if len(windows) > BREAK_EVEN * count:
-        return _all_windows(kept_K, batch, hw, window_size, shift, heads)
-    token_AT = layout.tokens.view(-1, t).index_select(0, windows)
-    inside_AT = token_AT < batch * hw[0] * hw[1]
+    window_K = slot_K // t
+    offset_K = slot_K - window_K * t
+    place_AT, windows, tokens, queries = layout.tokens.flatten(0, 1), None, None, kept_K
+    if not (torch.compiler.is_compiling() or kept_K.is_cuda):
+        holds = torch.zeros(len(place_AT), dtype=torch.bool).index_fill_(0, window_K, True)
+        if holds.sum() <= BREAK_EVEN * len(holds):
+            windows = holds.nonzero().squeeze(1)
+            tokens, place_AT = _places(place_AT.index_select(0, windows), count)
+            count = len(tokens)
+            window_K = (holds.cumsum(0) - 1).index_select(0, window_K)
+            queries = place_AT.flatten().index_select(0, window_K * t + offset_K)
+    out_rows = _out_rows(window_K, offset_K, t, heads)
+    if not 0 < len(kept_K) <= BREAK_EVEN * count:
+        return WindowRows(windows, tokens, None, None, _head_rows(place_AT, 3, heads), out_rows)
+    query_of = torch.zeros(count + 1, dtype=torch.int64, device=device)
+    query_of = query_of.index_copy(0, queries, torch.arange(len(queries), device=device))
+    q_rows = _head_rows(query_of[place_AT], 1, heads)
+    return WindowRows(windows, tokens, queries, q_rows, _head_rows(place_AT, 2, heads), out_rows)
+
+
+def _places(token_AT: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    """List the tokens (R,) of windows; return them and for each slot its place, or R in padding."""
+    inside_AT = token_AT < padding
     tokens = token_AT[inside_AT]
-    # What stands in the padding reads the row behind the last token.
-    row_AT = inside_AT.flatten().cumsum(0).view(-1, t) - 1
-    row_A1T = row_AT.where(inside_AT, len(tokens)).unsqueeze(1)
-    head_H1 = torch.arange(heads).view(heads, 1)
-    qkv_rows = (row_A1T * 3 + torch.arange(3).view(3, 1, 1, 1)) * heads + head_H1
-    rank = torch.empty(count, dtype=torch.int64)
-    rank[windows] = torch.arange(len(windows))
-    first_K = rank.index_select(0, window_K) * (heads * t) + slot_K - window_K * t
-    out_rows = first_K[:, None] + torch.arange(heads) * t
-    return KeptWindows(windows, tokens, qkv_rows.flatten(), out_rows.flatten())
+    place_AT = inside_AT.flatten().cumsum(0).view_as(token_AT) - 1
+    return tokens, place_AT.where(inside_AT, len(tokens))
 
 
-def _all_windows(
-    kept_K: Tensor, batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int
-) -> KeptWindows:
-    qkv_rows, out_rows = head_rows(batch, hw, window_size, shift, heads, kept_K.device)
-    out_rows = out_rows.view(-1, heads).index_select(0, kept_K).flatten()
-    return KeptWindows(None, None, qkv_rows, out_rows)
+def _out_rows(window: Tensor, offset: Tensor, slots: int, heads: int) -> Tensor:
+    """Rows of a (windows, heads, slots) table for every head of the tokens at these offsets."""
+    first = window * (heads * slots) + offset
+    return (first.unsqueeze(-1) + torch.arange(heads, device=first.device) * slots).flatten()
+
+
+def _head_rows(place_AT: Tensor, parts: int, heads: int) -> Tensor:
+    """Rows of a (places, parts, heads) table that make it (parts, A, heads, T), flattened."""
+    device = place_AT.device
+    part = torch.arange(parts, device=device).view(-1, 1, 1, 1)
+    head = torch.arange(heads, device=device).view(-1, 1)
+    return ((place_AT[:, None] * parts + part) * heads + head).flatten()
 
 
 @cached

@@ -4,10 +4,12 @@ import torch.nn.functional as F
 
 from mmdynsparse.ops import (
     caching,
-    head_rows,
+    kept_window_rows,
     relative_position_index,
     shift_mask,
     window_layout,
+    window_rows,
+    windows,
 )
 
 CPU = torch.device('cpu')
@@ -34,21 +36,55 @@ def test_layout_equals_pad_roll_partition(hw, size, shift):
 
 
 @pytest.mark.parametrize('hw, size, shift', SHAPES)
-def test_head_rows_spell_the_layout_out(hw, size, shift):
+def test_rows_spell_the_layout_out(hw, size, shift):
     b, heads, d = 2, 3, 4
     n = b * hw[0] * hw[1]
     layout = window_layout(b, hw, size, shift, CPU)
-    qkv_rows, out_rows = head_rows(b, hw, size, shift, heads, CPU)
+    rows = window_rows(b, hw, size, shift, heads, CPU)
     table = torch.randn(n + 1, 3, heads, d)
-    qkv = table.view(-1, d)[qkv_rows].view(3, *layout.tokens.shape[:2], heads, size * size, d)
+    qkv = table.view(-1, d)[rows.kv_rows].view(3, *layout.tokens.shape[:2], heads, size * size, d)
     assert torch.equal(qkv, table[layout.tokens].permute(3, 0, 1, 4, 2, 5))
-    back = qkv[0].reshape(-1, d)[out_rows].view(n, heads, d)
+    back = qkv[0].reshape(-1, d)[rows.out_rows].view(n, heads, d)
     assert torch.equal(back, table[:n, 0])
+
+
+@pytest.mark.parametrize('hw, size, shift', SHAPES)
+@pytest.mark.parametrize('share', [0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize('break_even', [0.0, 0.9, 2.0])
+def test_rows_of_kept_tokens(hw, size, shift, share, break_even, monkeypatch):
+    """Of windows that hold a kept token they give what the rows of all windows give."""
+    monkeypatch.setattr(windows, 'BREAK_EVEN', break_even)
+    b, heads, d = 2, 3, 4
+    n, t = b * hw[0] * hw[1], size * size
+    kept = torch.randperm(n)[: int(share * n)]
+    layout = window_layout(b, hw, size, shift, CPU)
+    holds = torch.zeros(n + 1, dtype=torch.bool).index_fill_(0, kept, True)[layout.tokens]
+    holds = holds.flatten(0, 1).any(1)
+    table = torch.randn(n + 1, 3, heads, d)
+    expected = table.permute(1, 0, 2, 3)[:, layout.tokens.flatten(0, 1)].transpose(2, 3)
+    rows = kept_window_rows(kept, b, hw, size, shift, heads)
+    some = rows.windows is not None
+    if some:
+        assert torch.equal(rows.windows, holds.nonzero().squeeze(1))
+        expected = expected[:, holds]
+    # The row behind the tokens is what the padding reads.
+    listed = table[rows.tokens] if some else table[:-1]
+    padded = torch.cat((listed, table[-1:]))
+    parts = 3 if rows.queries is None else 2
+    windows_of = padded[:, -parts:].reshape(-1, d)[rows.kv_rows].view(parts, -1, heads, t, d)
+    assert torch.equal(windows_of, expected[-parts:])
+    queries = windows_of[0]
+    if rows.queries is not None:
+        queries = listed[rows.queries, 0].reshape(-1, d)[rows.q_rows].view_as(expected[0])
+    assert torch.equal(queries.reshape(-1, d)[rows.out_rows].view(-1, heads, d), table[kept, 0])
+    assert some == (holds.sum() <= break_even * len(holds))
+    count = len(listed)
+    assert (rows.queries is not None) == (0 < len(kept) <= break_even * count)
 
 
 def test_layout_made_under_inference_mode_serves_training():
     with torch.inference_mode():
-        rows = head_rows(1, (5, 6), 4, 2, 2, CPU)
+        rows = [r for r in window_rows(1, (5, 6), 4, 2, 2, CPU) if r is not None]
         mask = shift_mask((2, 2), 4, 2, CPU)
     assert not any(t.is_inference() for t in (*rows, mask))
 

@@ -21,7 +21,7 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA, fused_paths
-from ...ops import Decision, KeptWindows, region, two_paths, with_positions
+from ...ops import Decision, WindowRows, region, two_paths, with_positions
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained, resize_bias_table, resize_pos_embed
 from .sparse_backbone import (
@@ -101,7 +101,7 @@ class SwinBlock(BaseModule):
         hw: tuple[int, int],
         decision: Decision | None,
         execution: str,
-        kept: KeptWindows | None = None,
+        rows: WindowRows | None = None,
     ) -> Tensor:
         """Return the block's output for tokens (B, N, C); without a decision it is dense.
 
@@ -110,9 +110,9 @@ class SwinBlock(BaseModule):
             hw: Height and width of the map.
             decision: Which tokens are kept, or None.
             execution: How a sparse block is executed.
-            kept: Where attention is computed if it is sparse and gathered. Defaults to None.
+            rows: What attention reads if it is sparse and gathered. Defaults to None.
         """
-        args = (x, hw, decision, execution, kept)
+        args = (x, hw, decision, execution, rows)
         if self.with_cp and x.requires_grad:
             return cp.checkpoint(self._forward, *args, use_reentrant=False)
         return self._forward(*args)
@@ -123,10 +123,10 @@ class SwinBlock(BaseModule):
         hw: tuple[int, int],
         decision: Decision | None,
         execution: str,
-        kept: KeptWindows | None,
+        rows: WindowRows | None,
     ) -> Tensor:
-        if kept is not None:
-            return self._forward_kept(x, hw, decision, execution, kept)
+        if rows is not None:
+            return self._forward_kept(x, hw, decision, execution, rows)
         # In training the mask and the fast path take part even at keep ratio 1: no parameter is
         # without a gradient, and the mask of ones gives the slow path's value exactly.
         dense = decision is None or (decision.keeps_all and not self.training)
@@ -148,12 +148,14 @@ class SwinBlock(BaseModule):
         hw: tuple[int, int],
         decision: Decision,
         execution: str,
-        kept: KeptWindows,
+        rows: WindowRows,
     ) -> Tensor:
-        update_KC = self.attn.attend_kept(x, self.norm1, hw, kept)
+        update_KC = self.attn.attend_kept(x, self.norm1, hw, rows)
         if execution == 'triton':
             with region('scatter'):
-                x = x.flatten(0, 1).index_add(0, decision.kept, update_KC).view_as(x)
+                # Not index_add: static shapes may list a token twice.
+                x_PC, kept = x.flatten(0, 1), decision.kept
+                x = x_PC.index_copy(0, kept, x_PC.index_select(0, kept) + update_KC).view_as(x)
             slow = self.ffn.weights(self.norm2)
             return fused_paths(x, x, slow, self.fast_path, decision)
 
@@ -244,7 +246,7 @@ class SwinStage(BaseModule):
             shift = block.attn.shift(hw)
             if gathers and shift not in windows:
                 with region('gather'):
-                    windows[shift] = block.attn.kept_windows(decision.kept, len(x), hw)
+                    windows[shift] = block.attn.kept_rows(decision.kept, len(x), hw)
             x = block(x, hw, decision, execution, windows.get(shift))
         return x, last
 

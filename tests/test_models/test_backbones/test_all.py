@@ -144,6 +144,28 @@ def test_masked_equals_gathered_for_any_decision(build, shares, monkeypatch):
     assert max_diff(*outs) <= 1e-5
 
 
+@pytest.mark.parametrize('cell_size', [None, (4, 3, 3, 1)])
+def test_stages_may_share_a_decision(build, cell_size):
+    block = 1 if 'ResNet' in build.family else 0
+    options = dict(locations={i: (block,) for i in (1, 2, 3)}, follow=(2, 3), keep_ratio=0.5)
+    if build.family == 'SparseVisionTransformer':
+        with pytest.raises(ValueError, match=r'cell_size must be None .* got'):
+            build(sparsity=dict(cell_size=(4,)))
+        return
+    if cell_size or 'ResNet' not in build.family:
+        options['cell_size'] = cell_size
+    model = build(sparsity=options)
+    outs, masks = run_both(model, torch.randn(2, 3, 190, 130))
+    assert len(masks[0]) == 3 and len({m.shape for m in masks[0]}) > 1
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+    assert max_diff(*outs) <= 1e-5
+    own = [name for name, _ in model.named_parameters() if 'predictors.' in name]
+    assert len({name.rsplit('predictors.')[0] for name in own}) == 1
+    model.train()(torch.randn(2, 3, 190, 130))
+    (grad,) = torch.autograd.grad(model.decisions[-1].mask.sum(), model.get_parameter(own[0]))
+    assert grad.abs().max() > 0
+
+
 def test_keep_ratio_changes_on_the_built_model(build):
     model = build()
     x = torch.randn(2, 3, 160, 160)

@@ -3,10 +3,18 @@ import torch
 
 from mmdynsparse.analysis import count_macs
 from mmdynsparse.models import SparseSwinTransformer
-from mmdynsparse.ops import SELECTORS
+from mmdynsparse.ops import SELECTORS, cell_mask
 
 SIZES = [(224, 224), (257, 383), (64, 999), (30, 30), (4, 4), (1, 5)]
 SPARSE = dict(keep_ratio=0.7)
+ALL_STAGES = {0: (0,), 1: (1,), 2: (0, 2, 3), 3: (0,)}
+# Sparse attention for tokens, for windows, and for one decision that all stages share.
+ATTENTION = [
+    dict(attention=True, locations=ALL_STAGES),
+    dict(attention=True, locations=ALL_STAGES, cell_size=(7, 7, 7, 7)),
+    dict(attention=True, locations=ALL_STAGES, cell_size=(12, 6, 3, 1), follow=(1, 3)),
+    dict(attention=True, locations=ALL_STAGES, cell_size=(4, 1, 2, 2), fast_path=None, follow=(1,)),
+]
 
 
 def original(package, **kwargs):
@@ -22,6 +30,20 @@ def sparse(tiny_swin, randomize, **kwargs):
     return randomize(model).eval()
 
 
+class LeftHalf(torch.nn.Module):
+    """A predictor that prefers the left half of a square map."""
+
+    def forward(self, x_BNC):
+        side = int(x_BNC.shape[1] ** 0.5)
+        logits = torch.where(torch.arange(side) < side // 2, 2.0, -2.0).repeat(len(x_BNC), side)
+        return torch.stack((logits, -logits), -1).log_softmax(-1)
+
+
+def pattern(batch, height, width):
+    """Images of which windows differ, so that predictors with random weights keep some of them."""
+    return torch.nn.functional.interpolate(torch.randn(batch, 3, 5, 7), (height, width))
+
+
 def max_diff(a, b):
     return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
 
@@ -31,9 +53,10 @@ def max_diff(a, b):
 
 @pytest.mark.parametrize('package', ['mmseg', 'mmdet'])
 @pytest.mark.parametrize('size', SIZES)
-def test_keep_all_equals_the_original(package, size, tiny_swin, randomize):
+@pytest.mark.parametrize('sparsity', [{}, ATTENTION[2]])
+def test_keep_all_equals_the_original(package, size, sparsity, tiny_swin, randomize):
     dense = randomize(original(package, **tiny_swin))
-    ours = SparseSwinTransformer(**tiny_swin, sparsity=dict(keep_ratio=1.0)).eval()
+    ours = SparseSwinTransformer(**tiny_swin, sparsity=dict(sparsity, keep_ratio=1.0)).eval()
     keys = ours.load_state_dict(dense.state_dict(), strict=False)
     assert not keys.unexpected_keys
     assert all('predictors' in k or 'fast_path' in k for k in keys.missing_keys)
@@ -62,10 +85,11 @@ def test_arguments_mean_what_they_mean_in_mmseg(kwargs, tiny_swin, randomize):
         assert max_diff(dense(x), ours(x)) <= 1e-5
 
 
-def test_training_at_ratio_one_is_dense_too(tiny_swin, randomize):
+@pytest.mark.parametrize('sparsity', [{}, ATTENTION[2]])
+def test_training_at_ratio_one_is_dense_too(sparsity, tiny_swin, randomize):
     kwargs = dict(tiny_swin, drop_path_rate=0.0)
     dense = randomize(original('mmseg', **kwargs))
-    ours = SparseSwinTransformer(**kwargs, sparsity=dict(keep_ratio=1.0))
+    ours = SparseSwinTransformer(**kwargs, sparsity=dict(sparsity, keep_ratio=1.0))
     ours.load_state_dict(dense.state_dict(), strict=False)
     x = torch.randn(2, 3, 64, 64)
     assert max_diff(dense(x), ours.train()(x)) <= 1e-5
@@ -136,10 +160,11 @@ def test_masked_equals_gathered_for_any_decision(
     assert max_diff(*outs) <= 1e-5
 
 
-def test_training_gradients_agree_with_gathered_execution(tiny_swin, randomize):
+@pytest.mark.parametrize('options', [{}, *ATTENTION])
+def test_training_gradients_agree_with_gathered_execution(options, tiny_swin, randomize):
     """For one decision the parameters of both paths get the same gradient either way."""
-    model = sparse(tiny_swin, randomize)
-    x = torch.randn(2, 3, 64, 64)
+    model = sparse(tiny_swin, randomize, sparsity=SPARSE | options)
+    x = torch.randn(2, 3, 96, 96)
     grads = []
     for execution in ('masked', 'gather'):
         model.execution = execution
@@ -149,6 +174,85 @@ def test_training_gradients_agree_with_gathered_execution(tiny_swin, randomize):
         grads.append({k: p.grad.clone() for k, p in named})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize('options', ATTENTION)
+@pytest.mark.parametrize('selector', ['topk', 'threshold'])
+@pytest.mark.parametrize('size', [(224, 224), (257, 383), (40, 130)])
+def test_masked_equals_gathered_with_sparse_attention(
+    options, selector, size, tiny_swin, randomize
+):
+    model = sparse(tiny_swin, randomize, sparsity=dict(SPARSE, selector=selector, **options))
+    x = pattern(2, *size)
+    outs, masks = [], []
+    with torch.no_grad():
+        for execution in ('masked', 'gather'):
+            model.execution = execution
+            outs.append(model(x))
+            masks.append([d.mask for d in model.decisions])
+    assert len(masks[0]) == 6
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+    assert max_diff(*outs) <= 1e-5
+
+
+@pytest.mark.parametrize('options', ATTENTION)
+@pytest.mark.parametrize('shares', [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.4, 1.0)])
+def test_sparse_attention_for_any_decision(options, shares, tiny_swin, randomize, monkeypatch):
+    def forced(scores, ratio):
+        return (torch.linspace(0, 0.999, scores.shape[1]) < torch.tensor(shares)[:, None]).float()
+
+    monkeypatch.setitem(SELECTORS, 'mass', forced)
+    model = sparse(tiny_swin, randomize, sparsity=dict(SPARSE, selector='mass', **options))
+    x = pattern(3, 150, 190)
+    outs = []
+    with torch.no_grad():
+        for execution in ('masked', 'gather'):
+            model.execution = execution
+            outs.append(model(x))
+    assert max_diff(*outs) <= 1e-5
+
+
+@pytest.mark.parametrize('block', [0, 1])
+def test_dropped_tokens_get_no_attention(block, tiny_swin, randomize):
+    """Without a fast path they stay as they are; windows with kept tokens still read them."""
+    options = dict(attention=True, fast_path=None, locations={0: (block,)}, cell_size=(7, 1, 1, 1))
+    kwargs = dict(depths=(block + 1, 1, 1, 1), out_indices=(0,))
+    model = sparse(tiny_swin, randomize, sparsity=dict(SPARSE, **options, keep_ratio=0.5), **kwargs)
+    model.norm0 = torch.nn.Identity()
+    dense = SparseSwinTransformer(**(tiny_swin | kwargs)).eval()
+    dense.load_state_dict(model.state_dict(), strict=False)
+    dense.norm0 = torch.nn.Identity()
+    before = []
+    dense.stages[0].blocks[block].register_forward_hook(lambda m, args, out: before.append(args[0]))
+    x = pattern(2, 160, 130)
+    with torch.no_grad():
+        (out,), (full,) = model(x), dense(x)
+    (decision,) = model.decisions
+    kept = cell_mask(decision.mask, out.shape[2:], 7).expand_as(out) > 0
+    unchanged = before[0].transpose(1, 2).view_as(out)
+    assert torch.equal(out[~kept], unchanged[~kept])
+    torch.testing.assert_close(out[kept], full[kept], atol=1e-5, rtol=0)
+    assert (full[~kept] - unchanged[~kept]).abs().max() > 1e-3
+
+
+def test_windows_without_a_kept_token_cost_nothing(tiny_swin, randomize):
+    """Cells are windows of the first block; those of the second are shifted."""
+    options = dict(attention=True, fast_path=None, locations={0: (0,)}, cell_size=(7, 1, 1, 1))
+    x = torch.randn(1, 3, 224, 224)
+    costs = {}
+    for depth in (0, 1, 2):
+        kwargs = dict(depths=(depth, 1, 1, 1), out_indices=(0,))
+        for ratio in (0.5, 1.0):
+            sparsity = dict(options, keep_ratio=ratio) if depth else None
+            model = sparse(tiny_swin, randomize, sparsity=sparsity, **kwargs)
+            if depth:
+                model.stages[0].predictors[0] = LeftHalf().eval()
+            costs[depth, ratio] = count_macs(model, x)
+    first = {r: costs[1, r] - costs[0, r] for r in (0.5, 1.0)}
+    assert first[0.5] == first[1.0] / 2
+    # Shifted windows: what lies between kept and dropped cells attends as well.
+    second = {r: costs[2, r] - costs[1, r] for r in (0.5, 1.0)}
+    assert second[1.0] / 2 < second[0.5] < second[1.0] * 0.65
 
 
 # --- decisions and keep ratios --------------------------------------------------------------------
@@ -172,6 +276,48 @@ def test_dense_model_has_no_keep_ratio(tiny_swin):
 def test_execution_is_checked(tiny_swin):
     with pytest.raises(ValueError, match=r"one of \('gather', 'triton', 'masked'\), got 'sparse'"):
         SparseSwinTransformer(**tiny_swin).execution = 'sparse'
+
+
+def test_decisions_for_cells(tiny_swin, randomize):
+    model = sparse(tiny_swin, randomize, sparsity=dict(SPARSE, cell_size=(7, 7, 4, 1)))
+    model(torch.randn(2, 3, 160, 190))
+    assert [d.hw for d in model.decisions] == [(3, 3)] * 3
+    kept = [d.mask.sum(1).tolist() for d in model.decisions]
+    assert kept == [[int(9 * r)] * 2 for r in (0.7, 0.5, 0.3)]
+
+
+def test_a_stage_that_follows_keeps_the_same_places(tiny_swin, randomize):
+    locations = {0: (0,), 1: (0,), 3: (1,)}
+    options = dict(locations=locations, follow=(1, 3), keep_ratio=0.5)
+    model = sparse(tiny_swin, randomize, sparsity=options)
+    assert [len(stage.predictors) for stage in model.stages] == [1, 0, 0, 0]
+    assert [stage.blocks[1].fast_path is not None for stage in model.stages] == [1, 1, 0, 1]
+    model.stages[0].predictors[0] = LeftHalf().eval()
+    with torch.no_grad():
+        model(torch.randn(2, 3, 256, 256))
+    assert [d.hw for d in model.decisions] == [(64, 64), (32, 32), (8, 8)]
+    for decision in model.decisions:
+        mask = decision.mask.view(2, *decision.hw)
+        assert mask[..., : decision.hw[1] // 2].min() == 1 and mask.mean() == 0.5
+
+
+def test_the_predictor_learns_from_the_stages_that_follow(tiny_swin, randomize):
+    options = dict(locations={0: (0,), 3: (0,)}, follow=(3,), keep_ratio=0.5)
+    model = sparse(tiny_swin, randomize, sparsity=options).train()
+    model(torch.randn(1, 3, 96, 96))
+    follower = model.decisions[1]
+    assert follower.mask.unique().tolist() == [0, 1]
+    follower.mask.sum().backward()
+    grads = [p.grad for p in model.stages[0].predictors.parameters()]
+    assert all(grad.abs().max() > 0 for grad in grads)
+
+
+@pytest.mark.parametrize('frozen, sampled', [(1, [False, True]), (4, [False, False])])
+def test_frozen_stages_select(frozen, sampled, tiny_swin, randomize):
+    options = dict(locations={0: (0,), 3: (0,)}, follow=(3,), keep_ratio=0.5)
+    model = sparse(tiny_swin, randomize, sparsity=options, frozen_stages=frozen).train()
+    model(torch.randn(1, 3, 64, 64))
+    assert [d.kept is None for d in model.decisions] == sampled
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -226,6 +372,9 @@ def test_out_indices(out_indices, tiny_swin, randomize):
         (dict(init_cfg=dict(type='Normal')), 'init_cfg must be'),
         (dict(sparsity=dict(keep_ratio=2)), 'keep_ratio'),
         (dict(pretrained=3), 'pretrained must be a str'),
+        (dict(sparsity=dict(SPARSE, follow=(2,))), r'sparsity.follow takes .* got \(2,\)'),
+        (dict(sparsity=dict(SPARSE, cell_size=(7, 7))), r'each of 4 stages, got \(7, 7\)'),
+        (dict(sparsity=dict(SPARSE, attention=1)), 'True or False, got 1'),
     ],
 )
 def test_bad_arguments(kwargs, message, tiny_swin):
