@@ -153,6 +153,12 @@ def _check_sparsity(cfg, runner):
         assert not hooked
         return
     assert hooked
+    if cfg.model.backbone.sparsity.get('follow'):
+        assert [len(stage.predictors) for stage in backbone.stages] == [1, 0, 1, 0]
+        blocks = [block for stage in backbone.stages for block in stage.blocks]
+        assert all(block.sparse_attention and block.fast_path for block in blocks)
+        _check_optimizer(cfg.optim_wrapper, runner)
+        return
     assert len({re.search(r'predictors\.\d+', n)[0] for n in new if 'predictors.' in n}) == 3
     _check_optimizer(cfg.optim_wrapper, runner)
     if 'depth' in cfg.model.backbone:
