@@ -195,7 +195,7 @@ def train(cfg: Config, work_dir: Path, iters: int | None, seed: int) -> Path:
     """Train with ``tools/train.py`` and return the last checkpoint."""
     iters = iters or cfg.train_cfg.max_iters
     cfg.train_cfg.max_iters = iters
-    cfg.train_cfg.val_interval = iters + 1  # evaluated afterwards
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None  # evaluated afterwards
     cfg.param_scheduler[-1].end = iters
     cfg.default_hooks.checkpoint.update(interval=iters, save_optimizer=False)
     cfg.default_hooks.logger.interval = 10
