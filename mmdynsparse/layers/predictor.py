@@ -47,7 +47,8 @@ class LocalGlobalPredictor(nn.Module):
         local = x_BNC.shape[-1] // 2
         w_local, w_mean = self.fc1.weight.split((local, x_BNC.shape[-1] - local), dim=1)
         mean_B1C = _mean(x_BNC[..., local:], among_BN)
-        h = linear(x_BNC[..., :local], w_local, None) + linear(mean_B1C, w_mean, self.fc1.bias)
+        h = linear(x_BNC[..., :local], w_local, None)
+        h = h.add_(linear(mean_B1C, w_mean, self.fc1.bias))
         h = self.fc3(_linear_gelu(F.gelu(h), self.fc2))
         return F.log_softmax(h.float(), dim=-1)
 

@@ -8,6 +8,7 @@ from .cells import (
     cell_positions,
     cell_rows,
     cell_table,
+    map_tiles,
     put_tiles,
     sparse_table,
     table_map,
@@ -17,6 +18,7 @@ from .cells import (
 from .linear import linear
 from .regions import REGIONS, region
 from .resize import enlarge_rows
+from .rows import put_rows
 from .select import (
     FIXED_BUDGET,
     SELECTORS,
@@ -60,8 +62,10 @@ __all__ = [
     'keep_all',
     'kept_window_rows',
     'linear',
+    'map_tiles',
     'num_kept',
     'policy_softmax',
+    'put_rows',
     'put_tiles',
     'put_tokens',
     'region',

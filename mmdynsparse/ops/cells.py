@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .caching import cached
+from .rows import put_rows
 
 
 class CellRows(NamedTuple):
@@ -122,7 +123,7 @@ def sparse_table(values_RC: Tensor, rows_R: Tensor, positions: int) -> Tensor:
         positions: Number P of positions of the maps.
     """
     table = values_RC.new_empty(positions + 2, values_RC.shape[1])
-    table.index_copy_(0, rows_R, values_RC)
+    put_rows(table, rows_R, values_RC)
     table[positions].zero_()
     return table
 
@@ -152,6 +153,23 @@ def put_tiles(x_BCHW: Tensor, cells_K: Tensor, tiles_KCgg: Tensor) -> Tensor:
 def take_tiles(table: Tensor, rows: Tensor, side: int) -> Tensor:
     """Gather rows into tiles (K, C, side, side), channels last in memory."""
     return table.index_select(0, rows).view(-1, side, side, table.shape[1]).permute(0, 3, 1, 2)
+
+
+def map_tiles(x_BCHW: Tensor, cells_K: Tensor, size: int, halo: int) -> Tensor:
+    """Gather cells of a map with their halo, zero outside of the map.
+
+    Args:
+        x_BCHW: The map.
+        cells_K: int64 positions in the flattened (B * N) batch of cells.
+        size: Side g of a cell, in positions.
+        halo: Width of the border that a tile adds on each side.
+
+    Returns:
+        (K, C, G, G) with G = g + 2 * halo, channels last in memory.
+    """
+    b, _, h, w = x_BCHW.shape
+    rows = _rows_of_cells(b, (h, w), size, halo, cells_K.device).index_select(0, cells_K)
+    return take_tiles(cell_table(x_BCHW), rows.flatten(), size + 2 * halo)
 
 
 def tile_rows(tiles_KCGG: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import plain_inference
+
 # oneDNN's matrix product, which torch.compile uses as well. F.linear calls the BLAS library
 # instead; MKL reaches half of oneDNN's speed on AMD processors (benchmarks/README.md). None where
 # torch is built without it.
@@ -35,13 +37,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 def _runs_in_one_dnn(x: Tensor) -> bool:
     # A compiler chooses by itself; what is traced, or looked at by a mode such as FlopCounterMode,
     # shall consist of public operators.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
-        return False
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if not plain_inference(x) or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return (
-        x.device.type == 'cpu'
-        and x.dtype == torch.float32
+        x.dtype == torch.float32
         and x.numel() > 0
         and _ONE_DNN is not None
         and torch.backends.mkldnn.enabled

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .regions import region
+from .rows import put_rows
 from .select import Decision, with_positions
 
 Path = Callable[[Tensor], Tensor]
@@ -30,7 +31,8 @@ def two_paths(
     Args:
         x_BNC: Tokens, (B, N, C).
         residual_BNC: What the update is added to, (B, N, C); often ``x_BNC`` itself.
-        slow: The expressive path, a function of single tokens: any leading shape, last dim C.
+        slow: The expressive path, a function of single tokens: any leading shape, last dim C. It
+            returns a tensor of its own, which gathered execution may change.
         fast: The light path, likewise, or None: dropped tokens get no update.
         decision: Which locations are kept; N is the product of its ``hw``.
         gather: Compute each path on its own locations only (inference) rather than both
@@ -58,8 +60,14 @@ def two_paths(
             update_RC = path(x_RC)
         with region('scatter'):
             out = out.to(torch.promote_types(out.dtype, update_RC.dtype))
-            out.index_copy_(0, rows, (residual_RC + update_RC).to(out.dtype))
+            put_rows(out, rows, _sum(update_RC, residual_RC).to(out.dtype))
     return out.view_as(residual_BNC)
+
+
+def _sum(update_RC: Tensor, residual_RC: Tensor) -> Tensor:
+    if torch.is_grad_enabled() or update_RC.dtype != residual_RC.dtype:
+        return residual_RC + update_RC
+    return update_RC.add_(residual_RC)
 
 
 def _masked_update(x_BNC: Tensor, slow: Path, fast: Path | None, decision: Decision) -> Tensor:

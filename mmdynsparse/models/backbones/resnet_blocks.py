@@ -12,7 +12,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...layers import conv_norm, fold_norm
-from ...ops import CellRows, region, table_map, take_tiles, tile_rows
+from ...ops import CellRows, put_rows, region, table_map, take_tiles, tile_rows
 from ...ops.kernels import get_kernel
 from .sparse_backbone import build_part
 
@@ -126,10 +126,10 @@ class ResidualBlock(BaseModule):
             with region('fast path'):
                 fast = self.relu(self.fast_path(x) + x)
             with region('scatter'):
-                table.index_copy_(0, cells.dropped, fast)
+                put_rows(table, cells.dropped, fast)
         if slow is not None:
             with region('scatter'):
-                table.index_copy_(0, kept.inner, self.relu(slow))
+                put_rows(table, kept.inner, self.relu(slow))
 
     def _identity(self, x: Tensor) -> Tensor:
         if self.downsample is None:

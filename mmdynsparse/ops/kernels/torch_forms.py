@@ -2,13 +2,14 @@
 
 Dimension letters: P tokens of the whole batch (B * N), K kept and M dropped ones (for a
 convolution: K cells), C channels, H hidden channels; for maps B images, C channels, H height,
-W width; t side of a tile with its halo.
+W width.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cells import map_tiles
 from .arguments import LinearWeights, MlpWeights, check_cell_conv, check_sparse_mlp
 
 
@@ -75,7 +76,7 @@ def cell_conv(
     """
     check_cell_conv(x_BCHW, cells_K, cell_size, weight, bias, dilation)
     halo = dilation * (weight.shape[-1] // 2)
-    tiles = _tiles(x_BCHW, cells_K, cell_size, halo)
+    tiles = map_tiles(x_BCHW, cells_K, cell_size, halo)
     out = F.conv2d(tiles, weight, bias, dilation=dilation)
     out = out.contiguous(memory_format=torch.channels_last)
     return out.relu_() if relu else out
@@ -94,20 +95,3 @@ def _linear(x_MC: Tensor, w: LinearWeights) -> Tensor:
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x * gamma
-
-
-def _tiles(x_BCHW: Tensor, cells_K: Tensor, cell_size: int, halo: int) -> Tensor:
-    """Gather the cells with their halo, (K, C, t, t) in channels_last; zero outside of the map."""
-    _, c, height, width = x_BCHW.shape
-    rows, cols = -(-height // cell_size), -(-width // cell_size)
-    offset_t = torch.arange(-halo, cell_size + halo, device=x_BCHW.device)
-    y_Kt = (cells_K // cols % rows * cell_size).unsqueeze(1) + offset_t
-    x_Kt = (cells_K % cols * cell_size).unsqueeze(1) + offset_t
-    row_Kt = (cells_K // (rows * cols) * height).unsqueeze(1) + y_Kt.clamp(0, height - 1)
-    index_Ktt = row_Kt.unsqueeze(2) * width + x_Kt.clamp(0, width - 1).unsqueeze(1)
-    flat = x_BCHW.permute(0, 2, 3, 1).reshape(-1, c)
-    tiles = flat.index_select(0, index_Ktt.flatten()).view(*index_Ktt.shape, c)
-    outside_Kt1 = ((y_Kt < 0) | (y_Kt >= height)).unsqueeze(2)
-    outside_K1t = ((x_Kt < 0) | (x_Kt >= width)).unsqueeze(1)
-    tiles = tiles.masked_fill_((outside_Kt1 | outside_K1t).unsqueeze(3), 0)
-    return tiles.permute(0, 3, 1, 2)

@@ -1,0 +1,40 @@
+"""Rows of a table, put in their places.
+
+Dimension letters: P rows of the table, R chosen ones, C channels.
+"""
+
+import torch
+from torch import Tensor
+
+# The numbers of this type are moved as 16 bytes, whatever they are.
+_WORD = torch.complex128
+
+
+def plain_inference(x: Tensor) -> bool:
+    """Whether ``x`` is computed on a CPU without gradients, and nothing traces how."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+        return False
+    return x.device.type == 'cpu'
+
+
+def put_rows(table_PC: Tensor, rows_R: Tensor, values_RC: Tensor) -> None:
+    """Do ``table_PC.index_copy_(0, rows_R, values_RC)`` in the form that is fastest on the device.
+
+    On a CPU that operator moves one number after the other; moving 16 bytes at once takes a third
+    of the time.
+
+    Args:
+        table_PC: The table; it is changed in place.
+        rows_R: int64, which rows are written.
+        values_RC: What they become, in the dtype of the table.
+    """
+    words = table_PC.dtype == values_RC.dtype and _in_words(table_PC) and _in_words(values_RC)
+    if words and plain_inference(table_PC):
+        table_PC, values_RC = table_PC.view(_WORD), values_RC.view(_WORD)
+    table_PC.index_copy_(0, rows_R, values_RC)
+
+
+def _in_words(x: Tensor) -> bool:
+    size = x.element_size()
+    sizes = (x.shape[-1] * size, x.storage_offset() * size)
+    return x.is_contiguous() and all(s % _WORD.itemsize == 0 for s in sizes)
