@@ -32,7 +32,7 @@ from .select import (
     with_positions,
 )
 from .tokens import TokenSubset, policy_softmax, put_tokens, take_tokens, token_subset
-from .two_paths import two_paths
+from .two_paths import gathering_pays, two_paths
 from .windows import (
     WindowLayout,
     WindowRows,
@@ -59,6 +59,7 @@ __all__ = [
     'cell_rows',
     'cell_table',
     'enlarge_rows',
+    'gathering_pays',
     'keep_all',
     'kept_window_rows',
     'linear',

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdynsparse.ops import Decision, two_paths
+from mmdynsparse.ops import Decision, gathering_pays, two_paths, with_positions
 
 B, N, C = 3, 20, 8
 
@@ -87,3 +87,27 @@ def test_mask_gradient_is_the_gain_of_the_slow_path(paths):
     mask = decision.mask.requires_grad_()
     run(x, slow, fast, decision, gather=False).sum().backward()
     torch.testing.assert_close(mask.grad, (slow(x) - fast(x)).sum(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_gathering_pays_unless_next_to_nothing_is_saved():
+    most = with_positions(decision_of((20, 19, 17)))
+    assert not gathering_pays(most, None)
+    assert gathering_pays(most, nn.Identity())
+    assert gathering_pays(with_positions(decision_of((20, 18, 16))), None)
+
+
+@torch.no_grad()
+def test_gathered_leaves_its_input_alone(paths):
+    x, residual = torch.randn(B, N, C), torch.randn(B, N, C)
+    before = x.clone(), residual.clone()
+    run(x, *paths, decision_of((3, 0, 20)), True, residual)
+    run(x, lambda t: t, lambda t: t, decision_of((3, 0, 20)), True)
+    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_update_and_residual_may_differ_in_dtype(grad):
+    x, decision = torch.randn(B, N, C, dtype=torch.bfloat16), decision_of((3, 0, 20))
+    with torch.set_grad_enabled(grad):
+        out = run(x, lambda t: t.float(), lambda t: t.float(), decision, gather=True)
+    assert out.dtype == torch.float32 and torch.equal(out, 2 * x.float())

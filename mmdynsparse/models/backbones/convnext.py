@@ -20,7 +20,7 @@ from mmengine.model.weight_init import constant_init, trunc_normal_init
 from torch import Tensor, nn
 
 from ...layers import LayerNorm2d, Linear, fused_paths, linear_act, mlp_weights
-from ...ops import Decision, two_paths
+from ...ops import Decision, gathering_pays, two_paths
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained
 from .sparse_backbone import (
@@ -101,7 +101,7 @@ class ConvNeXtBlock(BaseModule):
             )
             out_BNC = fused_paths(mixed_BNC, tokens_BNC, slow, self.fast_path, decision)
         else:
-            gather = execution == 'gather'
+            gather = execution == 'gather' and gathering_pays(decision, self.fast_path)
             paths = (self._slow_path, self.fast_path)
             out_BNC = two_paths(mixed_BNC, tokens_BNC, *paths, decision, gather, self.drop_path)
         return out_BNC.view(mixed_BHWC.shape).permute(0, 3, 1, 2)

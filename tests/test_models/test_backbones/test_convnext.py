@@ -129,3 +129,17 @@ def test_pooled_output_and_negative_indices(randomize):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SparseConvNeXt(**{'arch': TINY, **kwargs})
+
+
+@torch.no_grad()
+def test_next_to_nothing_dropped_is_computed_and_masked(randomize):
+    model = sparse(randomize, sparsity=dict(keep_ratio=[0.97] * 3, fast_path=None))
+    x = torch.randn(2, 3, 224, 224)
+    dense = count_macs(model, x)
+    gathered = model(x)
+    assert all(d.mask.mean() < 1 for d in model.decisions)
+    model.execution = 'masked'
+    assert count_macs(model, x) == dense and max_diff(gathered, model(x)) == 0
+    model.execution = 'gather'
+    model.set_keep_ratio([0.9] * 3)
+    assert count_macs(model, x) < dense
