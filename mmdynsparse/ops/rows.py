@@ -28,8 +28,9 @@ def put_rows(table_PC: Tensor, rows_R: Tensor, values_RC: Tensor) -> None:
         rows_R: int64, which rows are written.
         values_RC: What they become, in the dtype of the table.
     """
-    words = table_PC.dtype == values_RC.dtype and _in_words(table_PC) and _in_words(values_RC)
-    if words and plain_inference(table_PC):
+    same = table_PC.dtype == values_RC.dtype
+    # What is compiled must not come to ask for the memory layout.
+    if plain_inference(table_PC) and same and _in_words(table_PC) and _in_words(values_RC):
         table_PC, values_RC = table_PC.view(_WORD), values_RC.view(_WORD)
     table_PC.index_copy_(0, rows_R, values_RC)
 
