@@ -1,6 +1,6 @@
 # FFNs and window attention of all stages are sparse, in cells of whole windows. Two predictors
 # decide: one for the first two stages, one for the others.
-_base_ = '../../configs/sparse_swin/mask-rcnn_sparse-swin-t_fpn_1x_coco.py'
+_base_ = '../../configs/sparse_heads/mask-rcnn_sparse-swin-t_sparse-fpn_1x_coco.py'
 sparsity = dict(
     keep_ratio=0.5,
     locations={0: (0,), 1: (0,), 2: (0,), 3: (0,)},

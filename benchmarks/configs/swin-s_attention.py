@@ -1,6 +1,6 @@
 # FFNs and window attention of all stages are sparse, in cells of whole windows. Two predictors
 # decide: one for the first two stages, one for the others.
-_base_ = '../../configs/sparse_swin/sparse-swin-s_upernet_8xb2-160k_ade20k-512x512.py'
+_base_ = '../../configs/sparse_heads/sparse-swin-s_sparse-upernet_8xb2-160k_ade20k-512x512.py'
 sparsity = dict(
     keep_ratio=0.5,
     locations={0: (0,), 1: (0,), 2: (0,), 3: (0,)},

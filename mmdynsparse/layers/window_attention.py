@@ -127,15 +127,26 @@ class ShiftWindowMSA(BaseModule):
         self.w_msa = WindowMSA(embed_dims, num_heads, window_size, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
-    def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Return the attended tokens (B, N, C) of a map of ``hw`` tokens."""
+    def forward(self, x: Tensor, hw: tuple[int, int], rows: WindowRows | None = None) -> Tensor:
+        """Attend within the windows of a map, or in those alone that hold a kept token.
+
+        Args:
+            x: Tokens of the map (B, N, C), or with ``rows`` those that it lists, (R, C).
+            hw: Height and width of the map.
+            rows: From ``kept_rows``. Defaults to None, all tokens.
+
+        Returns:
+            The attended tokens: all, (B, N, C), or with ``rows`` the kept ones, (K, C).
+        """
         with region('attention'):
+            if rows is not None:
+                return self._attend(x, hw, rows)
             heads, shift = self.w_msa.num_heads, self.shift(hw)
-            rows = window_rows(len(x_BNC), hw, self.window_size, shift, heads, x_BNC.device)
-            return self._attend(x_BNC.flatten(0, 1), hw, rows).view_as(x_BNC)
+            rows = window_rows(len(x), hw, self.window_size, shift, heads, x.device)
+            return self._attend(x.flatten(0, 1), hw, rows).view_as(x)
 
     def kept_rows(self, kept_K: Tensor, batch: int, hw: tuple[int, int]) -> WindowRows:
-        """Find what ``attend_kept`` reads; it depends on the decision, the map and the shift.
+        """Find what ``forward`` reads; it depends on the decision, the map and the shift.
 
         Args:
             kept_K: Positions of the kept tokens in the flattened (B * N) batch, int64.
@@ -144,24 +155,6 @@ class ShiftWindowMSA(BaseModule):
         """
         heads = self.w_msa.num_heads
         return kept_window_rows(kept_K, batch, hw, self.window_size, self.shift(hw), heads)
-
-    def attend_kept(
-        self, x_BNC: Tensor, norm: nn.Module, hw: tuple[int, int], rows: WindowRows
-    ) -> Tensor:
-        """Return the attended tokens that are kept, (K, C), computed in their windows only.
-
-        Args:
-            x_BNC: Tokens.
-            norm: Is applied to them first.
-            hw: Height and width of the map.
-            rows: From ``kept_rows``.
-        """
-        x_RC = x_BNC.flatten(0, 1)
-        if rows.tokens is not None:
-            with region('gather'):
-                x_RC = x_RC.index_select(0, rows.tokens)
-        with region('attention'):
-            return self._attend(norm(x_RC), hw, rows)
 
     def _attend(self, x_RC: Tensor, hw: tuple[int, int], rows: WindowRows) -> Tensor:
         q, k, v = self._project(x_RC, rows)

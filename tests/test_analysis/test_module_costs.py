@@ -65,6 +65,7 @@ def test_total_is_that_of_torch_on_the_gathered_execution(selector, batch):
     vit = dict(embed_dims=32, num_layers=4, num_heads=2, out_indices=(1, 3))
     for model in (
         SparseSwinTransformer(**swin, sparsity=sparsity),
+        SparseSwinTransformer(**swin, sparsity=dict(sparsity, attention=True)),
         SparseVisionTransformer(**vit, sparsity=sparsity),
     ):
         for parameter in model.eval().parameters():
@@ -90,6 +91,23 @@ def test_total_is_that_of_torch_on_the_gathered_execution(selector, batch):
         assert total < count_macs(model, x)
         children = [name for name, _ in model.named_children()]
         assert sum(meter.cost(name).macs for name in children) == pytest.approx(total, rel=0.02)
+
+
+def test_attention_is_charged_for_the_windows_that_attend():
+    """Half of the windows: half of the attention, charged to the attention, and of the FFN."""
+    options = dict(attention=True, locations={0: (0,)}, cell_size=(7, 1, 1, 1))
+    args = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4))
+    model = SparseSwinTransformer(**args, sparsity=dict(options, keep_ratio=0.5)).eval()
+    x = torch.randn(2, 3, 112, 56)
+    costs = []
+    for ratio in (0.5, 1.0):
+        model.set_keep_ratio(ratio)
+        meter = CostMeter(model)
+        meter.run(lambda: model(x))
+        costs.append([meter.cost(f'stages.0.blocks.0.{part}').macs for part in ('attn', 'ffn')])
+    tokens = 2 * 28 * 14
+    assert costs[1][0] == tokens * (4 * 16**2 + 2 * 49 * 16)
+    assert costs[0] == [cost / 2 for cost in costs[1]]
 
 
 def test_executed_parameters_of_a_sparse_backbone():

@@ -21,7 +21,7 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA, fused_paths
-from ...ops import Decision, WindowRows, region, two_paths, with_positions
+from ...ops import Decision, WindowRows, gathering_pays, region, two_paths, with_positions
 from ...registry import MODELS
 from ...utils.checkpoint import load_pretrained, resize_bias_table, resize_pos_embed
 from .sparse_backbone import (
@@ -139,7 +139,7 @@ class SwinBlock(BaseModule):
         if execution == 'triton':
             slow = self.ffn.weights(self.norm2)
             return fused_paths(x, x, slow, self.fast_path, decision)
-        gather = execution == 'gather'
+        gather = execution == 'gather' and gathering_pays(decision, self.fast_path)
         return two_paths(x, x, self._slow_path, self.fast_path, decision, gather, self.drop_path)
 
     def _forward_kept(
@@ -150,7 +150,11 @@ class SwinBlock(BaseModule):
         execution: str,
         rows: WindowRows,
     ) -> Tensor:
-        update_KC = self.attn.attend_kept(x, self.norm1, hw, rows)
+        x_RC = x.flatten(0, 1)
+        if rows.tokens is not None:
+            with region('gather'):
+                x_RC = x_RC.index_select(0, rows.tokens)
+        update_KC = self.attn(self.norm1(x_RC), hw, rows)
         if execution == 'triton':
             with region('scatter'):
                 # Not index_add: static shapes may list a token twice.
@@ -159,7 +163,7 @@ class SwinBlock(BaseModule):
             slow = self.ffn.weights(self.norm2)
             return fused_paths(x, x, slow, self.fast_path, decision)
 
-        # Attention and FFN of a kept token are one update, scattered once.
+        # Attention and FFN of a kept token are one update, scattered once: x_KC are all of them.
         def slow_path(x_KC: Tensor) -> Tensor:
             return update_KC + self._slow_path(x_KC + update_KC)
 
@@ -242,6 +246,7 @@ class SwinStage(BaseModule):
                 gathers = self.sparse_attention and execution != 'masked' and not decision.keeps_all
                 if gathers and decision.kept is None:
                     decision = with_positions(decision)
+                gathers = gathers and gathering_pays(decision, block.fast_path)
                 windows = {}
             shift = block.attn.shift(hw)
             if gathers and shift not in windows:

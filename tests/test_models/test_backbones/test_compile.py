@@ -23,21 +23,8 @@ SLOW = {'SparseResNetV1c'}
 NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in BACKBONES]
 # Everything that is off by default; cells reach beyond the maps.
 SHARED = dict(locations={0: (0,), 1: (1,), 2: (0,), 3: (0,)}, follow=(1, 3), cell_size=(5, 3, 2, 1))
-OPTIONS = {
-    'sparse attention': ('SparseSwinTransformer', dict(SHARED, attention=True)),
-    'sparse attention of tokens': (
-        'SparseSwinTransformer',
-        dict(attention=True, fast_path=None, locations={0: (0,), 2: (0,)}),
-    ),
-    'shared decisions': (
-        'SparseResNet',
-        dict(SHARED, locations={1: (1,), 2: (1,), 3: (1,)}, follow=(2,)),
-    ),
-}
-NAMES += [
-    'sparse attention',
-    *(pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS if n != 'sparse attention'),
-]
+OPTIONS = {'sparse attention': ('SparseSwinTransformer', dict(SHARED, attention=True))}
+NAMES += OPTIONS
 SEG_CONFIG = Path(__file__).parents[2] / 'test_tools' / 'configs' / 'seg.py'
 
 
