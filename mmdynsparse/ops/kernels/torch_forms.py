@@ -26,8 +26,8 @@ def sparse_mlp(
     Args:
         x_PC: Tokens (P, C), float32, float16 or bfloat16, the input of both paths.
         residual_PC: What the update is added to, (P, C); may be ``x_PC`` itself.
-        kept_K: Sorted int64 positions of the kept tokens.
-        dropped_M: Sorted int64 positions of all others; either may be empty.
+        kept_K: int64 positions of the kept tokens, in any order; one may be there several times.
+        dropped_M: int64 positions of all others, likewise; either may be empty.
         mlp: The slow path.
         fast: The fast path. Defaults to None, which leaves dropped tokens as they are.
 
@@ -39,9 +39,10 @@ def sparse_mlp(
     """
     check_sparse_mlp(x_PC, residual_PC, kept_K, dropped_M, mlp, fast)
     slow_KC = _mlp(x_PC.index_select(0, kept_K), mlp)
-    out_PC = residual_PC.clone().index_add_(0, kept_K, slow_KC)
+    out_PC = residual_PC.index_copy(0, kept_K, slow_KC + residual_PC.index_select(0, kept_K))
     if fast is not None:
-        out_PC.index_add_(0, dropped_M, _linear(x_PC.index_select(0, dropped_M), fast))
+        fast_MC = _linear(x_PC.index_select(0, dropped_M), fast)
+        out_PC.index_copy_(0, dropped_M, fast_MC + residual_PC.index_select(0, dropped_M))
     return out_PC
 
 

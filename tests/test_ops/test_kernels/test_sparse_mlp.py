@@ -105,6 +105,18 @@ def test_triton_equals_torch(interpreted, dtype, shape):
     torch.testing.assert_close(out, expected, **tolerance)
 
 
+@pytest.mark.parametrize('form', ['torch', 'triton'])
+def test_positions_that_repeat(interpreted, form):
+    """Cells of a static size at the edge of a map name a token twice, in no order."""
+    x, residual = torch.randn(P, C), torch.randn(P, C)
+    mlp, fast = mlp_of(C, H, False), linear_of(C, False)
+    kept_K, dropped_M = positions(20, P)
+    repeated = [torch.cat((rows, rows[:3])).flip(0) for rows in (kept_K, dropped_M)]
+    out = interpreted('sparse_mlp', form)(x, residual, *repeated, mlp, fast)
+    expected = dense(x, residual, kept_K, mlp, fast)
+    torch.testing.assert_close(out, expected, **TOLERANCE[x.dtype])
+
+
 def test_strided_arguments(interpreted):
     x, residual = torch.randn(C, P).t(), torch.randn(P, 2 * C)[:, ::2]
     mlp, fast = mlp_of(C, H, False), linear_of(C, False)
