@@ -27,7 +27,7 @@ class Decision(NamedTuple):
         ratio: Target keep ratio in (0, 1].
         kept: (K,) int64, sorted positions of the kept locations in the flattened (B * N) batch,
             or None when the decision was made for masked execution. ``spread_decision`` has
-            another order.
+            another order, and where shapes are static some positions several times.
         dropped: (M,) int64, the other positions, K + M = B * N, or None like ``kept``.
     """
 
@@ -74,7 +74,8 @@ def sample_decision(
             and its gradient is zero; no other makes a difference. Defaults to 'topk'.
         exact: Whether exactly the ``int(N * ratio)`` locations of each image are kept that the
             noise makes most probable, whatever the probabilities add up to: for scores that were
-            learned at another keep ratio. Defaults to False.
+            learned at another keep ratio. The decision's ratio is then that share, so that a
+            ratio loss has no say. Defaults to False.
     """
     log_probs_BN2 = log_probs_BN2.float()
     if ratio >= 1:
@@ -86,7 +87,10 @@ def sample_decision(
         hard_BN = random_mask(log_probs_BN2[..., 0].detach(), ratio)
     else:
         soft_BN = F.gumbel_softmax(log_probs_BN2, tau=temperature, dim=-1)[..., 0]
-        hard_BN = topk_mask(soft_BN.detach(), ratio) if exact else (soft_BN > 0.5).float()
+        hard_BN = (soft_BN > 0.5).float()
+        if exact:
+            hard_BN = topk_mask(soft_BN.detach(), ratio)
+            ratio = num_kept(soft_BN.shape[1], ratio) / soft_BN.shape[1]
     # The bracket is exactly zero, so the mask is exactly 0 or 1.
     mask_BN = hard_BN + (soft_BN - soft_BN.detach())
     return Decision(mask_BN, log_probs_BN2[..., 0], hw, ratio)

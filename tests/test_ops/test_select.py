@@ -182,3 +182,10 @@ def test_exact_sampling_keeps_the_budget_whatever_the_probabilities():
     assert torch.corrcoef(torch.stack((rates.flatten(), logits.detach().flatten())))[0, 1] > 0.7
     masks[0].sum().backward()
     assert (logits.grad > 0).all()
+
+
+def test_a_ratio_loss_has_no_say_in_exact_sampling():
+    """Rounding down to 16 of 50 is not what the predictor did."""
+    decision = sample_decision(log_probs(), (5, 10), 0.33, exact=True)
+    assert (decision.mask.sum(1) == 16).all()
+    assert (decision.mask.mean(1) - decision.ratio).abs().max() < 1e-6
