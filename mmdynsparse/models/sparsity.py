@@ -20,8 +20,8 @@ class Sparsity:
 
     Args:
         keep_ratio: Share of locations that take the slow path, in (0, 1]: a number for the first
-            predictor of each sparse stage, continued by ``schedule``, or one value for every
-            predictor. 1.0 keeps everything: the dense model.
+            decision of each sparse stage, continued by ``schedule``, or one value for every
+            decision. 1.0 keeps everything: the dense model.
         locations: Stage index (from 0) to the blocks before which a predictor decides. Defaults
             to None, three places in the third stage as published.
         schedule: 'subtract' (r, r - 0.2, r - 0.4) or 'power' (r, r^2, r^3), for a number as
@@ -99,7 +99,7 @@ class Sparsity:
             if len(ratios) != len(followers):
                 raise ValueError(
                     f'keep_ratio must be a number or a list of {len(followers)} values, one for '
-                    f'each predictor, got {len(ratios)} values: {ratios}'
+                    f'each decision, got {len(ratios)} values: {ratios}'
                 )
             for i, follows in enumerate(followers):
                 if follows and ratios[i] != ratios[i - 1]:
@@ -108,7 +108,7 @@ class Sparsity:
                         f'{ratios[i - 1]}, got {ratios[i]}'
                     )
         for i, ratio in enumerate(ratios):
-            check_ratio(f'keep_ratio of predictor {i}', ratio, hint)
+            check_ratio(f'keep_ratio of decision {i}', ratio, hint)
         return [float(r) for r in ratios]
 
 

@@ -133,7 +133,7 @@ def test_measured_rows_are_written_when_a_later_setting_fails(
         (('--sizes', 64, '3x64'), 'at least one patch of the backbone, 4 px, got 3x64'),
         (('--keep-ratios', 'half'), "--keep-ratios: must be in (0, 1], got 'half'"),
         (('--keep-ratios', '1.5'), 'keep_ratio must be a number in (0, 1], got 1.5'),
-        (('--keep-ratios', '0.5,0.3'), 'a list of 1 values, one for each predictor, got 2'),
+        (('--keep-ratios', '0.5,0.3'), 'a list of 1 values, one for each decision, got 2'),
         (('--mode', 'cudagraph'), "--mode 'cudagraph' needs --device 'cuda', got 'cpu'"),
         (('--image', 'none.jpg'), "--image must be an existing file, got 'none.jpg'"),
         (('--parts', 'neck'), "--parts must name some of ('backbone', 'head', 'whole')"),

@@ -32,8 +32,8 @@ class SparseBackbone(BaseModule):
     """Base of the backbones that send only a part of the locations through the slow path.
 
     Attributes:
-        keep_ratios: Target keep ratio of each predictor; change them by ``set_keep_ratio``.
-        decisions: Decisions of the last forward, in the order of the predictors.
+        keep_ratios: Target keep ratio of each decision; change them by ``set_keep_ratio``.
+        decisions: Decisions of the last forward, in the order in which they were made.
         execution: How a model in eval mode is executed: 'gather' (the default) computes each path
             on its own locations, 'triton' does so in fused kernels for CUDA (see ``ops.kernels``;
             not for vision transformers, which have no paths to fuse), 'masked' computes both
@@ -92,7 +92,7 @@ class SparseBackbone(BaseModule):
         """Change the keep ratios of the built model.
 
         Args:
-            keep_ratio: A number in (0, 1], continued by the schedule, or one for each predictor.
+            keep_ratio: A number in (0, 1], continued by the schedule, or one for each decision.
 
         Raises:
             ValueError: If a ratio is outside (0, 1], the list has the wrong length or the

@@ -149,6 +149,7 @@ BAD = {
     'softmax': (dict(loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False)), 'use_sigmoid'),
     'ratio': (dict(sparsity=dict(keep_ratio=0)), r'in \(0, 1\], got 0'),
     'predictor': (dict(sparsity=dict(keep_ratio=0.5, predictor=None)), 'must be a config'),
+    'backbone': (dict(sparsity=dict(keep_ratio=0.5, predictor='backbone')), "got 'backbone'"),
 }
 
 
