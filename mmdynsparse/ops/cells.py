@@ -2,9 +2,8 @@
 
 A map (B, C, H, W) in channels-last memory is a table of P = B * H * W rows of C channels. Cells are
 squares of g x g positions; those at the right and bottom edge may reach beyond the map. Tiles are
-cells with a halo, so that a stock convolution without padding gives a cell's outputs (DESIGN:
-tiles with a halo beat the dense convolution, an im2col gather does not). Dimension letters: B
-images, C channels, K kept cells, N cells of an image, R rows.
+cells with a halo, so that a stock convolution without padding gives a cell's outputs. Dimension
+letters: B images, C channels, K kept cells, N cells of an image, R rows.
 """
 
 from typing import NamedTuple

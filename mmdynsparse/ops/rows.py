@@ -20,8 +20,8 @@ def plain_inference(x: Tensor) -> bool:
 def put_rows(table_PC: Tensor, rows_R: Tensor, values_RC: Tensor) -> None:
     """Do ``table_PC.index_copy_(0, rows_R, values_RC)`` in the form that is fastest on the device.
 
-    On a CPU that operator moves one number after the other; moving 16 bytes at once takes a third
-    of the time.
+    On a CPU that operator moves one number after the other, which takes longer than 16 bytes at
+    once.
 
     Args:
         table_PC: The table; it is changed in place.
