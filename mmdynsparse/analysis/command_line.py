@@ -68,6 +68,20 @@ def keep_ratio(text: str) -> float | list[float]:
     return ratios if ',' in text else ratios[0]
 
 
+def check_device(name: str) -> torch.device:
+    """Return the device 'cpu' or 'cuda'.
+
+    Raises:
+        ValueError: If it is 'cuda' and there is none.
+    """
+    if name == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(
+            "--device must be 'cpu' on a machine without CUDA, got 'cuda' "
+            f'(torch {torch.__version__} finds no GPU)'
+        )
+    return torch.device(name)
+
+
 def load_models(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Config, Pair]:
     """Build the model of the config and its dense original, with the weights that were asked for.
 
@@ -82,12 +96,7 @@ def load_models(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Config, P
         ValueError: If the config, the device or the checkpoint cannot be used.
     """
     cfg = load_config(args)
-    device = torch.device(args.device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(
-            "--device must be 'cpu' on a machine without CUDA, got 'cuda' "
-            f'(torch {torch.__version__} finds no GPU)'
-        )
+    device = check_device(args.device)
     init_default_scope(cfg.default_scope)
     torch.manual_seed(args.seed)
     pair = build_pair(cfg.model)

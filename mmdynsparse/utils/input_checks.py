@@ -14,7 +14,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import is_abs
 from torch import Tensor, nn
 
-SPARSE_KEYS = re.compile(r'\.predictors\.|\.fast_path\.')
+SPARSE_KEYS = re.compile(r'\.predictors?\.|\.fast_path\.')
 INIT_CFG = re.compile(r'\.init_cfg(\[\d+\])?$')
 
 

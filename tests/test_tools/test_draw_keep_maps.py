@@ -15,6 +15,13 @@ from mmdynsparse.visualization.keep_maps import GAP, LABEL_HEIGHT
 
 TOOL = 'analysis_tools/draw_keep_maps.py'
 SIDE = 64
+SPARSE_HEAD = """
+model['decode_head'].update(
+    type='mmdynsparse.SparseUPerHead',
+    norm_cfg=dict(type='BN'),
+    sparsity=dict(keep_ratio=0.5, predictor=dict(type='mmdynsparse.CellPredictor')),
+)
+"""
 
 
 @pytest.mark.parametrize('task', ['seg', 'det'])
@@ -35,13 +42,15 @@ def test_one_row_for_each_image_one_panel_for_each_decision(
         assert 0 < share < 1
 
 
+@pytest.mark.parametrize('extra', ['', SPARSE_HEAD], ids=['backbone', 'head'])
 def test_a_dense_checkpoint_leaves_the_predictors_random(
+    extra: str,
     load_tool: Callable,
     write_config: Callable,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    config = write_config('seg')
+    config = write_config('seg', extra)
     cfg = Config.fromfile(config)
     init_default_scope(cfg.default_scope)
     dense = MODELS.build(dense_config(cfg.model).model)

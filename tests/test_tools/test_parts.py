@@ -17,7 +17,7 @@ needs_no_gpu = pytest.mark.skipif(get_device() != 'cpu', reason='an accelerator 
 
 
 class Block(nn.Module):
-    """A layer with the two submodules that a sparse backbone adds."""
+    """A layer with the submodules that a sparse backbone, and a neck or head, add."""
 
     def __init__(self, sparse: bool, keep_ratios: tuple[float, ...]) -> None:
         super().__init__()
@@ -26,6 +26,7 @@ class Block(nn.Module):
         if sparse:
             self.predictors = nn.ModuleList([nn.Linear(2, 2)])
             self.fast_path = nn.Linear(2, 2)
+            self.predictor = nn.Linear(2, 2)
 
 
 def model(sparse: bool, *keep_ratios: float) -> nn.Module:
@@ -45,7 +46,7 @@ def test_weights_that_fit(prefix: str) -> None:
 def test_sparse_parts_are_needed_unless_dense(into: bool, kind: str) -> None:
     weights = model(not into).state_dict()
     for ratios in ((0.7,), (1.0, 0.9)):
-        with pytest.raises(ValueError, match=rf'4 {kind} keys \(backbone.*predictors'):
+        with pytest.raises(ValueError, match=rf'6 {kind} keys \(backbone.*predictors'):
             check_weights(model(into, *ratios), weights, 'x.pth')
     for ratios in ((), (1.0, 1)):
         check_weights(model(into, *ratios), weights, 'x.pth')

@@ -12,7 +12,7 @@ from mmengine.runner import CheckpointLoader
 from PIL import Image
 from torch import nn
 
-from mmdynsparse.analysis.command_line import AnalysisParser, at_least
+from mmdynsparse.analysis.command_line import AnalysisParser, at_least, check_device
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images
 from mmdynsparse.utils.input_checks import (
     SPARSE_KEYS,
@@ -43,8 +43,10 @@ def load_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
     """Builds the model with its weights; what a dense checkpoint lacks stays random.
 
     Raises:
-        ValueError: If nothing of the model is sparse or the checkpoint does not fit.
+        ValueError: If nothing of the model is sparse, or the device or the checkpoint cannot be
+            used.
     """
+    device = check_device(args.device)
     torch.manual_seed(args.seed)
     model = MODELS.build(cfg.model)
     if not list(deciding_parts(model)):
@@ -54,11 +56,11 @@ def load_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
         checkpoint = checkpoint or CheckpointLoader.load_checkpoint(args.checkpoint, 'cpu')
         weights = checkpoint.get('state_dict', checkpoint)
         fresh = {k: v for k, v in model.state_dict().items() if SPARSE_KEYS.search(k)}
-        if not fresh.keys() & weights.keys():
+        if fresh and not fresh.keys() & weights.keys():
             print('a dense checkpoint: the predictors are random')
             weights.update(fresh)
         check_weights(model, weights, args.checkpoint)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def deciding_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
