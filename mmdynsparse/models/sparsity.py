@@ -35,8 +35,9 @@ class Sparsity:
             Defaults to the published one.
         cell_size: Side of the cells for which is decided in each stage, in locations; 1 is each
             location by itself. Defaults to None, 1 in every stage.
-        follow: Stages of ``locations``, with one block each, without a predictor: the last
-            decision before is carried over to their map, with its keep ratio. Defaults to ().
+        follow: Stages of ``locations``, with one block each, without a predictor: the scores of
+            the last decision before are carried over to their map, with its keep ratio. Training
+            samples anew from them. Defaults to ().
         attention: Whether window attention, too, updates kept tokens only. Defaults to False.
     """
 
