@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .caching import cached
 
-# Share of windows that attend, or of tokens with a query, above which all of them are as fast.
+# Share of windows that attend, or of tokens with a query, above which all of them do: no more than
+# a tenth would be saved.
 BREAK_EVEN = 0.9
 
 
