@@ -33,14 +33,14 @@ RATIOS = (0.9, 0.7, 0.5)
 # Where the controls of the recipe and the second seed belong.
 MAIN_RATIO = 0.7
 METRICS = {'mIoU': 'mIoU', 'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
-HOOKS = {'no distillation': 'DistillationHook', 'no ratio loss': 'SparsityHook'}
+ABLATIONS = ('no distillation', 'no ratio loss')
 
 
 class Variant(NamedTuple):
     """One model of the study.
 
     Attributes:
-        name: 'dense', 'dense, fine-tuned', 'learned', 'random' or one of ``HOOKS``.
+        name: 'dense', 'dense, fine-tuned', 'learned', 'random' or one of ``ABLATIONS``.
         ratio: Keep ratio of the backbone's first predictor, or None where the model is dense.
     """
 
@@ -105,7 +105,7 @@ def variants() -> Iterator[Variant]:
     for ratio in sorted(RATIOS, key=lambda r: r != MAIN_RATIO):
         yield Variant('learned', ratio)
         yield Variant('random', ratio)
-    for name in HOOKS:
+    for name in ABLATIONS:
         yield Variant(name, MAIN_RATIO)
 
 
@@ -184,10 +184,12 @@ def as_sparse(cfg: Config, variant: Variant) -> Config:
         for part in cfg.model.values():
             if isinstance(part, dict) and part.get('sparsity'):
                 part.sparsity.selector = 'random'
-    for hook in cfg.custom_hooks:
-        if hook.type.endswith(HOOKS.get(variant.name, 'none of them')):
-            # Without its ratio loss the hook still measures keep rates.
-            hook.update(weight=0.0) if 'Sparsity' in hook.type else cfg.custom_hooks.remove(hook)
+    hooks = {hook.type.removeprefix('mmdynsparse.'): hook for hook in cfg.custom_hooks}
+    if variant.name == 'no distillation':
+        del hooks['DistillationHook']
+    elif variant.name == 'no ratio loss':
+        hooks['SparsityHook'].weight = 0.0  # it still measures keep rates
+    cfg.custom_hooks = list(hooks.values())
     return cfg
 
 

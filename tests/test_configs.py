@@ -10,10 +10,10 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
 
-from mmdynsparse.engine.parameters import is_new
 from mmdynsparse.models import SparseConvNeXt, SparseResNet
 from mmdynsparse.models.backbones.convnext import ARCHS as CONVNEXTS
 from mmdynsparse.models.backbones.resnet import ARCHS as RESNETS
+from mmdynsparse.utils.input_checks import is_new
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)

@@ -1,6 +1,6 @@
 """The parameters of a model in training: which are new, and learning rates for them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
@@ -8,14 +8,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
-
-# Parts of the names of parameters that no dense checkpoint has.
-NEW_PARTS = ('.predictors.', '.predictor.', '.fast_path.')
-
-
-def is_new(name: str, parts: Sequence[str] = NEW_PARTS) -> bool:
-    """Return whether a parameter of this name is in one of the parts that are new."""
-    return any(part in name for part in parts)
+from ..utils.input_checks import NEW_PARTS, is_new
 
 
 def bare_model(runner: Runner) -> nn.Module:

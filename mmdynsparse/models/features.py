@@ -37,6 +37,13 @@ class Features(tuple):
         return self
 
 
+def with_decisions(
+    maps: Iterable[Tensor], decisions: Sequence[Decision], cell_size: int | None = None
+) -> tuple:
+    """Return :class:`Features`, or a plain tuple of the maps while they are exported."""
+    return tuple(maps) if is_exporting() else Features(maps, decisions, cell_size)
+
+
 def is_exporting() -> bool:
     """Whether torch.export traces the model, whose outputs must then be types of torch's."""
     # torch.compiler.is_exporting is a constant for Dynamo, true under torch.compile as well.

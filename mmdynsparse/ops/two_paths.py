@@ -21,19 +21,21 @@ Path = Callable[[Tensor], Tensor]
 BREAK_EVEN = 0.9
 
 
-def gathering_pays(decision: Decision, fast: object | None) -> bool:
+def gathering_pays(decision: Decision, fast: object | None, break_even: float = BREAK_EVEN) -> bool:
     """Whether gathered execution is expected to be faster than masked execution.
 
     It is where there is a fast path, which masked execution computes everywhere beside the slow
-    one, or at least a tenth of the locations is dropped.
+    one, or where enough locations are dropped.
 
     Args:
         decision: Which locations are kept.
         fast: The fast path or None.
+        break_even: Share of kept locations from which on masked execution is as fast. Defaults to
+            that of the FFNs of transformers.
     """
     if fast is not None or decision.kept is None:
         return True
-    return len(decision.kept) <= BREAK_EVEN * decision.mask.numel()
+    return len(decision.kept) <= break_even * decision.mask.numel()
 
 
 def two_paths(

@@ -6,7 +6,7 @@ Every check raises a ``ValueError`` that names the argument, what is allowed and
 import os.path as osp
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -14,8 +14,14 @@ from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import is_abs
 from torch import Tensor, nn
 
-SPARSE_KEYS = re.compile(r'\.predictors?\.|\.fast_path\.')
+# Parts of the names of parameters that no dense checkpoint has.
+NEW_PARTS = ('.predictors.', '.predictor.', '.fast_path.')
 INIT_CFG = re.compile(r'\.init_cfg(\[\d+\])?$')
+
+
+def is_new(name: str, parts: Sequence[str] = NEW_PARTS) -> bool:
+    """Returns whether a parameter of this name is in one of the parts that are new."""
+    return any(part in f'.{name}' for part in parts)
 
 
 def check_checkpoint(argument: str, path: str, resume: bool = False) -> dict:
@@ -203,7 +209,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) ->
     missing = [key for key in missing if not key.endswith('num_batches_tracked')]
     if _runs_dense(model):
         missing, unexpected = (
-            [key for key in keys if not SPARSE_KEYS.search(key)] for keys in (missing, unexpected)
+            [key for key in keys if not is_new(key)] for keys in (missing, unexpected)
         )
     faults = [
         f'{len(keys)} {kind} ({", ".join(keys[:4])}{", ..." if len(keys) > 4 else ""})'

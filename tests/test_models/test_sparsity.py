@@ -58,7 +58,7 @@ def test_config_dicts_and_string_stages():
         (dict(keep_ratio='0.7'), r"\(0, 1\], got '0.7'"),
         (dict(keep_ratio=[0.7, -0.1, 0.3]), r'keep_ratio of decision 1 .*\(0, 1\], got -0.1'),
         (dict(keep_ratio=[0.7, 0.5]), 'a list of 3 values, one for each decision, got 2'),
-        (dict(keep_ratio=0.3), r"predictor 2 .*got -0.1 \(keep_ratio 0.3 with schedule 'subtract'"),
+        (dict(keep_ratio=0.3), r"decision 2 .*got -0.1 \(keep_ratio 0.3 with schedule 'subtract'"),
         (dict(keep_ratio=0.7, schedule='linear'), r"one of \('subtract', 'power'\), got 'linear'"),
         (dict(keep_ratio=0.7, selector='best'), r"one of \('topk', .*got 'best'"),
         (dict(keep_ratio=0.7, locations={2: (1, 6)}), r'indices 0 to 5, got \(1, 6\)'),

@@ -15,10 +15,10 @@ from torch import nn
 from mmdynsparse.analysis.command_line import AnalysisParser, at_least, check_device
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images
 from mmdynsparse.utils.input_checks import (
-    SPARSE_KEYS,
     check_checkpoint,
     check_data,
     check_weights,
+    is_new,
 )
 from mmdynsparse.utils.launch import load_config, one_line_errors
 from mmdynsparse.visualization import draw_keep_maps
@@ -55,7 +55,7 @@ def load_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
         checkpoint = check_checkpoint('checkpoint', args.checkpoint)
         checkpoint = checkpoint or CheckpointLoader.load_checkpoint(args.checkpoint, 'cpu')
         weights = checkpoint.get('state_dict', checkpoint)
-        fresh = {k: v for k, v in model.state_dict().items() if SPARSE_KEYS.search(k)}
+        fresh = {k: v for k, v in model.state_dict().items() if is_new(k)}
         if fresh and not fresh.keys() & weights.keys():
             print('a dense checkpoint: the predictors are random')
             weights.update(fresh)

@@ -11,7 +11,8 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ...registry import HOOKS
-from ..parameters import NEW_PARTS, bare_model, is_new
+from ...utils.input_checks import NEW_PARTS, is_new
+from ..parameters import bare_model
 
 
 class _Ramp(Hook):

@@ -24,6 +24,7 @@ from ...ops import (
     cell_mask,
     cell_rows,
     cell_table,
+    gathering_pays,
     region,
     spread_decision,
     table_map,
@@ -321,7 +322,7 @@ def _sparse_blocks(
     if execution != 'masked' and sparse:
         if decision.kept is None:
             decision = with_positions(decision)
-        if _pays_off(decision):
+        if gathering_pays(decision, None, BREAK_EVEN):
             return in_cells(x, blocks, decision, size, fused=execution == 'triton')
     mask = None
     if sparse or execution == 'masked':
@@ -329,10 +330,6 @@ def _sparse_blocks(
     for block in blocks:
         x = block(x, mask)
     return x
-
-
-def _pays_off(decision: Decision) -> bool:
-    return len(decision.kept) <= BREAK_EVEN * decision.mask.numel()
 
 
 def in_cells(

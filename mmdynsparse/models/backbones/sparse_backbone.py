@@ -22,7 +22,8 @@ from ...ops import (
     spread_decision,
 )
 from ...registry import MODELS
-from ..features import Features, is_exporting
+from ...utils.input_checks import is_new
+from ..features import is_exporting, with_decisions
 from ..sparsity import Sparsity
 
 EXECUTIONS = ('gather', 'triton', 'masked')
@@ -196,11 +197,8 @@ class SparseBackbone(BaseModule):
                 )
 
     def with_decisions(self, maps: Sequence) -> tuple:
-        """Return the maps of a forward as a tuple that carries its decisions.
-
-        It is a plain one while the backbone is exported.
-        """
-        return tuple(maps) if is_exporting() else Features(maps, self.decisions)
+        """Return the maps of a forward as a tuple that carries its decisions."""
+        return with_decisions(maps, self.decisions)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Leave out the norms of outputs that this model does not have."""
@@ -233,7 +231,7 @@ def freeze(module: nn.Module) -> None:
 
 def may_be_new(name: str) -> bool:
     """Whether a parameter may be missing in a dense checkpoint: sparse parts, output norms."""
-    return re.search(r'(^|\.)predictors\.|\.fast_path\.|^norm\d\.', name) is not None
+    return is_new(name) or re.match(r'norm\d\.', name) is not None
 
 
 def check_stages(

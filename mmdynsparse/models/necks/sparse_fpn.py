@@ -31,7 +31,7 @@ from ...ops import (
 from ...ops.caching import cached
 from ...registry import MODELS
 from ..decider import CellSparsity, Decider
-from ..features import Features
+from ..features import with_decisions
 
 SPARSE_LEVELS = 2
 
@@ -96,7 +96,7 @@ class SparseFPN(FPN):
         decision = self.decider.known(inputs, hw, self.cell_size)
         if decision is not None and decision.keeps_all:
             outs = (x.contiguous() for x in super().forward(inputs))
-            return Features(outs, [decision], self.cell_size)
+            return with_decisions(outs, [decision], self.cell_size)
         laterals = self._laterals(maps)
         _check_sizes(hw, tuple(laterals[0].shape[2:]), self.cell_size)
         if decision is None:
@@ -106,7 +106,7 @@ class SparseFPN(FPN):
         outs.insert(0, self._out(1, laterals[0], None, outs[0], decision))
         outs.insert(0, self._out(0, maps[0], laterals[0], outs[0], decision))
         outs = self._with_extra(outs, inputs, laterals)
-        return Features(outs, [decision], self.cell_size)
+        return with_decisions(outs, [decision], self.cell_size)
 
     def _laterals(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Lateral maps of the second level (which comes first) and of the coarser ones."""
