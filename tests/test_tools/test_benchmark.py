@@ -79,7 +79,6 @@ def test_whole_detector(run: Callable, write_config: Callable) -> None:
     args = ('--parts', 'head', 'whole', '--sizes', 64)
     head, _, whole, _ = run(write_config('det'), *args)[0]['rows']
     assert 0 < head['gmacs'] < whole['gmacs']
-    assert head['median'] < whole['median']
 
 
 def test_weights_of_a_checkpoint_reach_both_models(
