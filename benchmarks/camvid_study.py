@@ -2,11 +2,12 @@
 
     python benchmarks/camvid_study.py dense CONFIG --start CHECKPOINT --iters 1500 --out DIR
     python benchmarks/camvid_study.py run CONFIG --start DIR/dense.pth --out DIR
-    python benchmarks/camvid_study.py report --out DIR --costs BENCHMARK.json
+    python benchmarks/camvid_study.py report --out REPORT --study DIR BENCHMARK.json
 
 ``dense`` trains the dense original of a sparse config on, ``run`` fine-tunes the variants from it
 and evaluates them, each with the programs of ``tools/``. Every finished run leaves a JSON file;
-what has one is not run again. ``report`` makes one file, a table and a plot of them.
+what has one is not run again. ``report`` makes one file, a table and a plot of one or more studies
+and of what ``tools/analysis_tools/benchmark.py`` measured for the config of each.
 """
 
 import argparse
@@ -85,12 +86,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--variants', nargs='+', help='only those whose key starts so, such as learned-0.7'
     )
     summary = steps.add_parser('report', help='table and plot of what has been run')
-    summary.add_argument('--costs', type=Path, help='benchmark.json of tools/analysis_tools')
+    summary.add_argument(
+        '--study',
+        nargs=2,
+        type=Path,
+        action='append',
+        required=True,
+        metavar=('DIR', 'BENCHMARK'),
+        help='folder of a study and benchmark.json of its config',
+    )
     for step in (dense, run, summary):
-        step.add_argument('--out', type=Path, required=True, help='folder of the study')
+        step.add_argument('--out', type=Path, required=True, help='folder of the results')
     args = parser.parse_args(argv)
-    for name in ('config', 'start', 'costs'):
-        path = getattr(args, name, None)
+    files = {name: getattr(args, name, None) for name in ('config', 'start')}
+    files |= {f'benchmark of {study}': path for study, path in getattr(args, 'study', ())}
+    for name, path in files.items():
         if path is not None and not path.is_file():
             parser.error(f'{name} must be an existing file, got {path}')
     if getattr(args, 'iters', None) is not None and args.iters < 1:
@@ -146,7 +156,12 @@ def run_variant(variant: Variant, args: argparse.Namespace, seed: int) -> dict:
         checkpoint = train(cfg, work_dir, args.iters, seed)
         row |= training_summary(work_dir)
     metrics = evaluate(cfg, checkpoint, work_dir)
-    row['metrics'] = {METRICS[k]: v for k, v in metrics.items() if k in METRICS}
+    # mmdet's are shares, mmseg's in percent.
+    row['metrics'] = {
+        METRICS[k]: 100 * v if k.startswith('coco') else v
+        for k, v in metrics.items()
+        if k in METRICS
+    }
     row['keep_rates'] = [v for k, v in metrics.items() if k.startswith('eval_keep_rate_')]
     return row | dict(minutes=round((time.time() - begin) / 60, 1))
 
@@ -247,20 +262,23 @@ def mean(lines: Sequence[Mapping], key: str) -> float:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print one line for each variant and write all rows, and a plot if costs are known."""
-    rows = [json.loads(path.read_text()) for path in sorted(args.out.glob('*_seed-*.json'))]
-    if not rows:
-        sys.exit(f'--out must hold results of the step run, got none in {args.out}')
-    costs = read_costs(args.costs) if args.costs else {}
-    table = summarize(rows, costs)
-    metrics = list(rows[0]['metrics'])
-    names = list(next(iter(costs.values()), {}))
-    header = ('variant', 'keep ratio', 'seeds', *metrics, 'keep rates', *names)
-    print_table('CamVid', header, [cells(line, metrics, names) for line in table])
-    result = dict(rows=rows, table=table)
-    write_json(result, args.out / 'study.json')
-    if costs:
-        plot(table, metrics[0], args.out / 'accuracy-latency.png')
+    """Print one line for each variant and write the table, all rows and a plot."""
+    rows, table = [], []
+    for folder, benchmark in args.study:
+        found = [json.loads(path.read_text()) for path in sorted(folder.glob('*_seed-*.json'))]
+        if not found:
+            sys.exit(f'--study must hold results of the step run, got none in {folder}')
+        rows += [dict(study=folder.name, **row) for row in found]
+        table += summarize(folder.name, found, read_costs(benchmark))
+    metrics, costs = list(rows[0]['metrics']), list(table[0]['costs'])
+    header = ('study', 'variant', 'keep ratio', *metrics, 'keep rates', *costs)
+    lines = [cells(line, metrics, costs) for line in table]
+    print_table('CamVid', header, lines)
+    write_json(dict(rows=rows, table=table), args.out / 'study.json')
+    lines = [header, ['---'] * len(header), *lines]
+    text = ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
+    (args.out / 'study.md').write_text(text)
+    plot(table, metrics[0], args.out / 'accuracy-latency.png')
 
 
 def read_costs(path: Path) -> dict[float | None, dict]:
@@ -274,8 +292,8 @@ def read_costs(path: Path) -> dict[float | None, dict]:
     return dict(costs)
 
 
-def summarize(rows: Sequence[Mapping], costs: Mapping) -> list[dict]:
-    """Mean and spread over the seeds of each variant, in the order of ``variants``."""
+def summarize(study: str, rows: Sequence[Mapping], costs: Mapping) -> list[dict]:
+    """The results of each variant, one value for each seed, in the order of ``variants``."""
     groups = defaultdict(list)
     for row in rows:
         groups[Variant(row['variant'], row['ratio'])].append(row)
@@ -284,8 +302,8 @@ def summarize(rows: Sequence[Mapping], costs: Mapping) -> list[dict]:
         group = groups[variant]
         metrics = {k: [row['metrics'][k] for row in group] for k in group[0]['metrics']}
         rates = np.mean([row['keep_rates'] for row in group], axis=0).tolist()
-        line = dict(variant=variant.name, ratio=variant.ratio, metrics=metrics, keep_rates=rates)
-        table.append(line | dict(costs=costs.get(variant.ratio, {})))
+        line = dict(study=study, variant=variant.name, ratio=variant.ratio, metrics=metrics)
+        table.append(line | dict(keep_rates=rates, costs=costs.get(variant.ratio, {})))
     return table
 
 
@@ -293,9 +311,9 @@ def cells(line: Mapping, metrics: Sequence[str], costs: Sequence[str]) -> list[s
     """One line of the table as text."""
     values = [line['metrics'][k] for k in metrics]
     return [
+        line['study'],
         line['variant'],
         '' if line['ratio'] is None else str(line['ratio']),
-        str(len(values[0])),
         *(', '.join(f'{seed:.2f}' for seed in v) for v in values),
         ' '.join(f'{rate:.2f}' for rate in line['keep_rates']),
         *(f'{line["costs"][k]:.2f}' if k in line['costs'] else '' for k in costs),
@@ -306,17 +324,17 @@ def plot(table: Sequence[Mapping], metric: str, path: Path) -> None:
     """Draw accuracy against the whole model's latency."""
     figure = Figure(figsize=(7, 5))
     axes = figure.add_subplot()
-    names = dict.fromkeys(line['variant'] for line in table)
-    for name in names:
-        lines = sorted(
-            (ln for ln in table if ln['variant'] == name and ln['costs']),
-            key=lambda ln: ln['costs']['ms whole'],
-        )
-        values = [np.mean(ln['metrics'][metric]) for ln in lines]
-        axes.plot([ln['costs']['ms whole'] for ln in lines], values, 'o-', label=name)
-        for ln, value in zip(lines, values, strict=True):
-            if ln['ratio'] is not None:
-                axes.annotate(f' {ln["ratio"]}', (ln['costs']['ms whole'], value))
+    groups = defaultdict(list)
+    for line in table:
+        if line['costs']:
+            point = line['costs']['ms whole'], float(np.mean(line['metrics'][metric]))
+            groups[line['study'], line['variant']].append((*point, line['ratio']))
+    for (study, variant), points in groups.items():
+        points = sorted(points)
+        axes.plot(*zip(*[p[:2] for p in points], strict=True), 'o-', label=f'{study}: {variant}')
+        for x, y, ratio in points:
+            if ratio is not None:
+                axes.annotate(f' {ratio}', (x, y))
     axes.set(xlabel='latency of the whole model, ms', ylabel=metric)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -75,20 +75,26 @@ def test_runs_and_reports(study: ModuleType, config: Path, tmp_path: Path) -> No
         for ratios, time in (([], 2.0), ([0.7, 0.5], 1.0))
     ]
     (tmp_path / 'benchmark.json').write_text(json.dumps(dict(rows=costs)))
-    study.main(['report', '--out', str(out), '--costs', str(tmp_path / 'benchmark.json')])
-    table = json.loads((out / 'study.json').read_text())['table']
+    folder = tmp_path / 'report'
+    study.main(
+        ['report', '--out', str(folder), '--study', str(out), str(tmp_path / 'benchmark.json')]
+    )
+    table = json.loads((folder / 'study.json').read_text())['table']
     assert [line['variant'] for line in table] == ['dense', 'dense, fine-tuned', 'learned']
     assert table[2]['costs']['speed-up whole'] == 2
-    assert (out / 'accuracy-latency.png').stat().st_size > 1000
+    assert (folder / 'accuracy-latency.png').stat().st_size > 1000
+    assert len((folder / 'study.md').read_text().splitlines()) == 2 + 3
 
 
 def test_bad_input(study: ModuleType, config: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments in (
         ['run', config, '--start', 'nowhere.pth', '--out', 'out'],
         ['run', config, '--start', config, '--out', 'out', '--iters', 0],
+        ['report', '--out', 'out', '--study', 'runs', 'nowhere.json'],
     ):
         with pytest.raises(SystemExit):
             study.main([str(argument) for argument in arguments])
     errors = capsys.readouterr().err
     assert 'start must be an existing file, got nowhere.pth' in errors
     assert '--iters must be at least 1, got 0' in errors
+    assert 'benchmark of runs must be an existing file, got nowhere.json' in errors
