@@ -1,8 +1,7 @@
 # Fine-tuning of a dense UperNet + Swin-N on a CPU, see camvid_study.py. Rare classes weigh more,
-# roughly by the root of the inverse of their share of the pixels; without that, a training of this
-# length leaves poles and signs unlearnt.
+# without that a training of this length leaves poles and signs unlearnt.
 _base_ = '../../configs/sparse_swin/sparse-swin-n_upernet_1xb8-finetune-400_camvid-256x256.py'
-class_weight = [0.5, 0.5, 4.0, 0.5, 1.0, 0.7, 3.0, 2.0, 1.0, 3.0, 3.0]
+class_weight = [0.5, 0.5, 8.0, 0.5, 1.0, 0.7, 4.0, 1.0, 0.7, 1.5, 2.0]
 model = dict(
     decode_head=dict(loss_decode=dict(class_weight=class_weight)),
     auxiliary_head=dict(loss_decode=dict(class_weight=class_weight)),

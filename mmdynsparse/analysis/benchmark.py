@@ -14,7 +14,7 @@ from .flops import count_macs
 from .images import image_batch
 from .latency import compare_latency
 from .model_parts import part_calls, tensor_modules
-from .profiling import breakdown, peak_memory
+from .profiling import breakdown, model_breakdown, peak_memory
 
 DENSE = 'dense'
 
@@ -65,7 +65,7 @@ def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
         part, mode, batch, size (HxW, px), model, keep_ratios and kept (target and measured share
         of each predictor, the latter for those that the part runs), gmacs, median, p10, p90 (ms),
         speed_up and ideal (dense median and GMACs divided by those of the row), peak_mib; for the
-        backbone also the breakdown (ms).
+        backbone and the whole also the breakdown (ms).
         Multiply-adds, memory and breakdown are those of eager execution.
 
     Raises:
@@ -111,6 +111,8 @@ def _costs(model: nn.Module, part: str, call: Callable[[], object], plan: Plan) 
     costs['peak_mib'] = peak_memory(call, plan.device)
     if part == 'backbone':
         costs['breakdown'] = breakdown(model.backbone, call, plan.device, min(plan.rounds, 5))
+    elif part == 'whole':
+        costs['breakdown'] = model_breakdown(model, call, plan.device, min(plan.rounds, 5))
     targets = [ratio for module in model.modules() for ratio in getattr(module, 'keep_ratios', ())]
     return dict(keep_ratios=targets, kept=kept, **costs)
 

@@ -9,9 +9,11 @@ from torch import nn
 
 @contextmanager
 def around_calls(
-    model: nn.Module, contexts: Mapping[str, Callable[[], AbstractContextManager]]
+    model: nn.Module,
+    contexts: Mapping[str, Callable[[], AbstractContextManager]],
+    method: str = 'forward',
 ) -> Iterator[None]:
-    """Run the ``forward`` of some of a model's modules within context managers.
+    """Run a method of some of a model's modules within context managers.
 
     Unlike forward hooks this also sees code that calls ``module.forward`` itself, as the heads of
     mmseg do.
@@ -19,19 +21,20 @@ def around_calls(
     Args:
         model: The model. Afterwards it is as it was.
         contexts: For the names of modules a function that makes the context manager of a call.
+        method: Which method of them. Defaults to 'forward'.
     """
     modules = {name: module for name, module in model.named_modules() if name in contexts}
-    # A forward that somebody set on the instance before comes back afterwards.
-    before = {name: module.__dict__.get('forward') for name, module in modules.items()}
+    # What somebody set on the instance before comes back afterwards.
+    before = {name: module.__dict__.get(method) for name, module in modules.items()}
     for name, module in modules.items():
-        module.forward = _within(contexts[name], module.forward)
+        setattr(module, method, _within(contexts[name], getattr(module, method)))
     try:
         yield
     finally:
         for name, module in modules.items():
-            del module.forward
+            delattr(module, method)
             if before[name] is not None:
-                module.forward = before[name]
+                setattr(module, method, before[name])
 
 
 @contextmanager
@@ -64,10 +67,10 @@ def _decides(module: nn.Module) -> bool:
     return hasattr(module, 'decisions')
 
 
-def _within(context: Callable[[], AbstractContextManager], forward: Callable) -> Callable:
-    @wraps(forward)
+def _within(context: Callable[[], AbstractContextManager], function: Callable) -> Callable:
+    @wraps(function)
     def call(*args, **kwargs):
         with context():
-            return forward(*args, **kwargs)
+            return function(*args, **kwargs)
 
     return call

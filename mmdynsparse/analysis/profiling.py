@@ -1,4 +1,4 @@
-"""Where the time of a backbone goes, and how much memory a call takes."""
+"""Where the time of a model goes, and how much memory a call takes."""
 
 import os
 import re
@@ -19,6 +19,7 @@ from .calls import around_calls
 REST = 'rest'
 PARTS = (*REGIONS, REST)
 WHOLE = PREFIX + 'whole'
+MODEL_PREFIX = 'mmdynsparse.model::'
 # Modules that are a part wherever they run, by patterns of their names: dense originals and the
 # blocks that no decision concerns have no regions of their own.
 MODULES = {
@@ -55,7 +56,44 @@ def breakdown(
         for pattern, part in MODULES.items()
         if re.search(pattern, name)
     }
-    with torch.no_grad(), around_calls(model, contexts):
+    with around_calls(model, contexts):
+        totals = _profiled(function, device, runs, PREFIX)
+    times = {part: totals[part] for part in PARTS}
+    return {**times, 'whole': sum(times.values())}
+
+
+def model_breakdown(
+    model: nn.Module, function: Callable[[], object], device: torch.device, runs: int = 5
+) -> dict[str, float]:
+    """Split the time of a call of a model of mmseg or mmdet among its backbone, neck and heads.
+
+    A head's time is that of its ``predict``: with the resizing or the choice of boxes that belongs
+    to it. ``rest`` is what the model does itself, above all pre- and post-processing.
+
+    Args:
+        model: The model, not compiled.
+        function: Calls its ``test_step``, without arguments. It runs without gradients.
+        device: As of :func:`breakdown`.
+        runs: Profiled calls, after one for warming up. Defaults to 5.
+
+    Returns:
+        Mean time in ms of each part that ran, in the order of the model, of 'rest' and 'whole'.
+    """
+    names = [name for name, _ in model.named_children() if name != 'data_preprocessor']
+    contexts = {name: partial(record_function, MODEL_PREFIX + name) for name in names}
+    heads = {n: c for n, c in contexts.items() if hasattr(getattr(model, n), 'predict')}
+    others = {n: c for n, c in contexts.items() if n not in heads}
+    with around_calls(model, others), around_calls(model, heads, 'predict'):
+        totals = _profiled(function, device, runs, MODEL_PREFIX)
+    times = {name: totals[name] for name in (*names, REST) if name in totals}
+    return {**times, 'whole': sum(times.values())}
+
+
+def _profiled(
+    function: Callable[[], object], device: torch.device, runs: int, prefix: str
+) -> dict[str, float]:
+    """Mean time in ms of the ranges whose names start so, and of the rest of the call."""
+    with torch.no_grad():
         function()
         with _profile(device) as profiler:
             for _ in range(runs):
@@ -67,34 +105,33 @@ def breakdown(
     totals = defaultdict(float)
     for event in profiler.events():
         if event.name == WHOLE and event.device_type == DeviceType.CPU:
-            split(event, REST, totals)
-    times = {part: totals[part] / runs / 1e3 for part in PARTS}
-    return {**times, 'whole': sum(times.values())}
+            split(event, REST, totals, prefix)
+    return defaultdict(float, {part: total / runs / 1e3 for part, total in totals.items()})
 
 
-def _cpu_times(event: object, part: str, totals: dict[str, float]) -> None:
+def _cpu_times(event: object, part: str, totals: dict[str, float], prefix: str) -> None:
     """Add the time of a range, less that of the ranges within it, to its part."""
     totals[part] += event.time_range.elapsed_us()
-    for child, name in _regions_within(event):
+    for child, name in _ranges_within(event, prefix):
         totals[part] -= child.time_range.elapsed_us()
-        _cpu_times(child, name, totals)
+        _cpu_times(child, name, totals, prefix)
 
 
-def _regions_within(event: object) -> Iterator[tuple[object, str]]:
+def _ranges_within(event: object, prefix: str) -> Iterator[tuple[object, str]]:
     for child in event.cpu_children:
-        if child.name.startswith(PREFIX):
-            yield child, child.name.removeprefix(PREFIX)
+        if child.name.startswith(prefix):
+            yield child, child.name.removeprefix(prefix)
         else:
-            yield from _regions_within(child)
+            yield from _ranges_within(child, prefix)
 
 
-def _cuda_times(event: object, part: str, totals: dict[str, float]) -> None:
+def _cuda_times(event: object, part: str, totals: dict[str, float], prefix: str) -> None:
     """Add the time of every kernel to the innermost range that launched it."""
     # The range itself may be among them, under its own name.
     totals[part] += sum(k.duration for k in event.kernels if k.name != event.name)
     for child in event.cpu_children:
-        inner = child.name.startswith(PREFIX)
-        _cuda_times(child, child.name.removeprefix(PREFIX) if inner else part, totals)
+        inner = child.name.startswith(prefix)
+        _cuda_times(child, child.name.removeprefix(prefix) if inner else part, totals, prefix)
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float:

@@ -1,14 +1,13 @@
 """Tables and plots of what :mod:`mmdynsparse.analysis.benchmark` measured."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-
-from .profiling import PARTS
 
 WIDTH = 160  # characters that the widest table needs
 
@@ -56,21 +55,24 @@ def latency_table(rows: Sequence[Mapping]) -> None:
     print_table('latency', (*header, 'speed-up', 'by GMACs', 'peak MiB'), cells)
 
 
-def breakdown_table(rows: Sequence[Mapping]) -> None:
-    """Print where the time of the backbones goes, in ms; nothing if there are none."""
-    cells = [
-        (
-            name(row),
-            str(row['batch']),
-            row['size'],
-            *(f'{row["breakdown"][part]:.2f}' for part in (*PARTS, 'whole')),
-        )
-        for row in rows
-        if 'breakdown' in row
-    ]
-    if cells:
-        header = ('backbone', 'batch', 'size', *PARTS, 'whole')
-        print_table('breakdown (ms, eager, profiled)', header, cells)
+def breakdown_tables(rows: Sequence[Mapping]) -> None:
+    """Print where the time of the backbones, and of the whole models, goes, in ms."""
+    groups = defaultdict(list)
+    for row in rows:
+        if 'breakdown' in row:
+            groups[row['part']].append(row)
+    for part, group in groups.items():
+        columns = list(dict.fromkeys(key for row in group for key in row['breakdown']))
+        cells = [
+            (
+                name(row),
+                str(row['batch']),
+                row['size'],
+                *(f'{row["breakdown"].get(column, 0.0):.2f}' for column in columns),
+            )
+            for row in group
+        ]
+        print_table('breakdown (ms, eager, profiled)', (part, 'batch', 'size', *columns), cells)
 
 
 def name(row: Mapping) -> str:

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from mmdynsparse.analysis.calls import around_calls, recorded_keep_rates
-from mmdynsparse.analysis.profiling import PARTS, WHOLE, _cuda_times, breakdown, peak_memory
+from mmdynsparse.analysis.profiling import (
+    PARTS,
+    WHOLE,
+    _cuda_times,
+    breakdown,
+    model_breakdown,
+    peak_memory,
+)
 from mmdynsparse.models import SparseConvNeXt, SparseVisionTransformer
 from mmdynsparse.ops import region
 from mmdynsparse.ops.regions import PREFIX
@@ -93,6 +100,32 @@ def test_parts_of_the_families(family, arguments, parts, keep_ratio):
     assert (times['fast path'] > 0) == (keep_ratio < 1 and family is SparseConvNeXt)
 
 
+def test_breakdown_of_a_model_has_what_ran_with_the_whole_of_a_head():
+    class Head(Nap):
+        def predict(self, x):
+            time.sleep(0.008)
+            return self(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.data_preprocessor = Nap(0.002)
+            self.backbone = Naps()
+            self.rpn_head = Head(0.016)
+            self.auxiliary_head = Head(0.1)
+
+        def test_step(self):
+            return self.rpn_head.predict(self.backbone(self.data_preprocessor(torch.zeros(1))))
+
+    model = Model()
+    times = model_breakdown(model, model.test_step, CPU, runs=2)
+    assert list(times) == ['backbone', 'rpn_head', 'rest', 'whole']
+    for part, expected in dict(backbone=31, rpn_head=24, rest=2).items():
+        assert times[part] >= expected, part
+    assert times['whole'] == pytest.approx(sum(times[part] for part in list(times)[:-1]))
+    assert 'predict' not in model.rpn_head.__dict__ and 'forward' not in model.backbone.__dict__
+
+
 def test_kernels_belong_to_the_innermost_range_that_launched_them():
     def event(name, *children, **kernels):
         launched = [SimpleNamespace(name=key, duration=value) for key, value in kernels.items()]
@@ -102,7 +135,7 @@ def test_kernels_belong_to_the_innermost_range_that_launched_them():
     inner = event(gather, event('aten::index_select', index=8), **{gather: 100})
     slow = event(PREFIX + 'slow path', event('aten::addmm', gemm=16, copy=1), inner)
     totals = Counter()
-    _cuda_times(event(WHOLE, slow, event('aten::add', add=2)), 'rest', totals)
+    _cuda_times(event(WHOLE, slow, event('aten::add', add=2)), 'rest', totals, PREFIX)
     assert totals == {'slow path': 17, 'gather': 8, 'rest': 2}
 
 

@@ -46,7 +46,7 @@ def test_segmentor(run: Callable, write_config: Callable, tmp_path: Path) -> Non
             assert row['speed_up'] == pytest.approx(dense['median'] / row['median'])
             assert row['ideal'] == pytest.approx(dense['gmacs'] / row['gmacs'])
             assert row['peak_mib'] > 0
-            assert ('breakdown' in row) == (row['part'] == 'backbone')
+            assert ('breakdown' in row) == (row['part'] in ('backbone', 'whole'))
     for row in rows[:4]:
         times = dict(row['breakdown'])
         assert times.pop('whole') == pytest.approx(sum(times.values()))
@@ -54,6 +54,10 @@ def test_segmentor(run: Callable, write_config: Callable, tmp_path: Path) -> Non
         gathers = row['keep_ratios'] not in ([], [1.0])
         for part in ('predictor', 'selection', 'gather', 'scatter', 'fast path'):
             assert (times[part] > 0) == gathers, (part, row['keep_ratios'])
+    for row in rows[8:12]:
+        times = dict(row['breakdown'])
+        assert list(times) == ['backbone', 'decode_head', 'rest', 'whole']
+        assert times.pop('whole') == pytest.approx(sum(times.values())) and min(times.values()) > 0
     gmacs = [row['gmacs'] for row in rows[:4]]
     assert gmacs[0] >= gmacs[1] > gmacs[2] > gmacs[3]
     assert rows[2]['kept'] == pytest.approx([0.5])

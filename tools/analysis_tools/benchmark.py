@@ -23,7 +23,7 @@ from mmdynsparse.analysis.environment import environment
 from mmdynsparse.analysis.execution import MODES
 from mmdynsparse.analysis.model_parts import MODEL_PARTS, available_parts
 from mmdynsparse.analysis.report import (
-    breakdown_table,
+    breakdown_tables,
     latency_table,
     plot_latency,
     print_setting,
@@ -147,7 +147,7 @@ def report(result: dict, out: Path | None) -> None:
     if not result['rows']:
         return
     latency_table(result['rows'])
-    breakdown_table(result['rows'])
+    breakdown_tables(result['rows'])
     if out:
         setting = result['setting']
         title = f'{setting["device"]}, {setting["threads"]} threads, '
