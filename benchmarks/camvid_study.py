@@ -6,8 +6,9 @@
 
 ``dense`` trains the dense original of a sparse config on, ``run`` fine-tunes the variants from it
 and evaluates them, each with the programs of ``tools/``. Every finished run leaves a JSON file;
-what has one is not run again. ``report`` makes one file, a table and a plot of one or more studies
-and of what ``tools/analysis_tools/benchmark.py`` measured for the config of each.
+what has one is not run again. ``report`` makes one file, tables and a plot of one or more studies
+and of what ``tools/analysis_tools/benchmark.py`` measured for the config of each, with
+``--parts backbone whole`` and the keep ratios of the study.
 """
 
 import argparse
@@ -262,7 +263,7 @@ def mean(lines: Sequence[Mapping], key: str) -> float:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print one line for each variant and write the table, all rows and a plot."""
+    """Print one line for each variant and write tables, all rows and a plot."""
     rows, table = [], []
     for folder, benchmark in args.study:
         found = [json.loads(path.read_text()) for path in sorted(folder.glob('*_seed-*.json'))]
@@ -270,25 +271,26 @@ def report(args: argparse.Namespace) -> None:
             sys.exit(f'--study must hold results of the step run, got none in {folder}')
         rows += [dict(study=folder.name, **row) for row in found]
         table += summarize(folder.name, found, read_costs(benchmark))
-    metrics, costs = list(rows[0]['metrics']), list(table[0]['costs'])
-    header = ('study', 'variant', 'keep ratio', *metrics, 'keep rates', *costs)
-    lines = [cells(line, metrics, costs) for line in table]
-    print_table('CamVid', header, lines)
+    metrics = list(rows[0]['metrics'])
     write_json(dict(rows=rows, table=table), args.out / 'study.json')
-    lines = [header, ['---'] * len(header), *lines]
-    text = ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
+    text = ''
+    for title, header, lines in (accuracies(table, metrics), breakdowns(table)):
+        print_table(title, header, lines)
+        lines = [header, ['---'] * len(header), *lines]
+        text += f'{title}\n\n' + ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines) + '\n'
     (args.out / 'study.md').write_text(text)
     plot(table, metrics[0], args.out / 'accuracy-latency.png')
 
 
 def read_costs(path: Path) -> dict[float | None, dict]:
-    """Multiply-adds and latency of backbone and whole model by the first keep ratio."""
+    """Multiply-adds, latency and its breakdown by the first keep ratio."""
     costs = defaultdict(dict)
     for row in json.loads(path.read_text())['rows']:
         ratio, part = next(iter(row['keep_ratios']), None), row['part']
         costs[ratio][f'GMACs {part}'] = row['gmacs']
         costs[ratio][f'ms {part}'] = row['median']
         costs[ratio][f'speed-up {part}'] = row['speed_up']
+        costs[ratio][f'breakdown {part}'] = row['breakdown']
     return dict(costs)
 
 
@@ -307,17 +309,47 @@ def summarize(study: str, rows: Sequence[Mapping], costs: Mapping) -> list[dict]
     return table
 
 
-def cells(line: Mapping, metrics: Sequence[str], costs: Sequence[str]) -> list[str]:
-    """One line of the table as text."""
-    values = [line['metrics'][k] for k in metrics]
-    return [
-        line['study'],
-        line['variant'],
-        '' if line['ratio'] is None else str(line['ratio']),
-        *(', '.join(f'{seed:.2f}' for seed in v) for v in values),
-        ' '.join(f'{rate:.2f}' for rate in line['keep_rates']),
-        *(f'{line["costs"][k]:.2f}' if k in line['costs'] else '' for k in costs),
-    ]
+def accuracies(
+    table: Sequence[Mapping], metrics: Sequence[str]
+) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and lines of the table of all variants, one value for each seed."""
+    parts = ('backbone', 'whole')
+    header = ['study', 'variant', 'keep ratio', *metrics, 'kept']
+    header += [f'GMACs {part}' for part in parts] + [f'{part}, ms' for part in parts]
+    lines = []
+    for line in table:
+        costs = line['costs']
+        cells = [line['study'], line['variant'], ratio_cell(line)]
+        cells += [', '.join(f'{round(v, 2)}' for v in line['metrics'][k]) for k in metrics]
+        cells.append(' '.join(f'{rate:.2f}' for rate in line['keep_rates']))
+        cells += [f'{costs[f"GMACs {part}"]:.2f}' if costs else '' for part in parts]
+        cells += [
+            f'{costs[f"ms {part}"]:.0f} ({costs[f"speed-up {part}"]:.2f} x)' if costs else ''
+            for part in parts
+        ]
+        lines.append(cells)
+    return 'Accuracy and cost', header, lines
+
+
+def breakdowns(table: Sequence[Mapping]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and lines of where the time of the whole models goes, dense -> sparse."""
+    key = 'breakdown whole'
+    dense, lines = {}, {}
+    for line in [line for line in table if line['costs']]:
+        place = line['study'], ratio_cell(line)
+        if line['ratio'] is None:
+            dense[line['study']] = line['costs'][key]
+        elif place not in lines and line['study'] in dense:
+            before, after = dense[line['study']], line['costs'][key]
+            lines[place] = {part: f'{before[part]:.0f} -> {after[part]:.0f}' for part in before}
+    parts = list(next(iter(lines.values()), {}))
+    cells = [[*place, *(line[part] for part in parts)] for place, line in lines.items()]
+    return 'Profiled time, ms, dense -> sparse', ['study', 'keep ratio', *parts], cells
+
+
+def ratio_cell(line: Mapping) -> str:
+    """The keep ratio of a line of the table as text."""
+    return '' if line['ratio'] is None else str(line['ratio'])
 
 
 def plot(table: Sequence[Mapping], metric: str, path: Path) -> None:

@@ -70,9 +70,16 @@ def test_runs_and_reports(study: ModuleType, config: Path, tmp_path: Path) -> No
     learned = rows['learned']
     assert len(learned['keep_rates']) == len(learned['sampled_keep_rates']) > 0
     costs = [
-        dict(part=part, keep_ratios=ratios, gmacs=1.0, median=time, speed_up=2.0 / time)
+        dict(
+            part=part,
+            keep_ratios=ratios,
+            gmacs=1.0,
+            median=time,
+            speed_up=80.0 / time,
+            breakdown=dict(backbone=time / 4, rest=time * 3 / 4, whole=time),
+        )
         for part in ('backbone', 'whole')
-        for ratios, time in (([], 2.0), ([0.7, 0.5], 1.0))
+        for ratios, time in (([], 80.0), ([0.7, 0.5], 40.0))
     ]
     (tmp_path / 'benchmark.json').write_text(json.dumps(dict(rows=costs)))
     folder = tmp_path / 'report'
@@ -83,7 +90,9 @@ def test_runs_and_reports(study: ModuleType, config: Path, tmp_path: Path) -> No
     assert [line['variant'] for line in table] == ['dense', 'dense, fine-tuned', 'learned']
     assert table[2]['costs']['speed-up whole'] == 2
     assert (folder / 'accuracy-latency.png').stat().st_size > 1000
-    assert len((folder / 'study.md').read_text().splitlines()) == 2 + 3
+    text = (folder / 'study.md').read_text()
+    assert '40 (2.00 x) |' in text
+    assert text.endswith('| out | 0.7 | 20 -> 10 | 60 -> 30 | 80 -> 40 |\n\n')
 
 
 def test_bad_input(study: ModuleType, config: Path, capsys: pytest.CaptureFixture) -> None:
