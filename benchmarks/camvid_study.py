@@ -1,6 +1,6 @@
 """What sparsity costs in accuracy on CamVid, beside the controls.
 
-    python benchmarks/camvid_study.py dense CONFIG --start CHECKPOINT --iters 1500 --out DIR
+    python benchmarks/camvid_study.py dense CONFIG --start CHECKPOINT --lr 6e-4 --out DIR
     python benchmarks/camvid_study.py run CONFIG --start DIR/dense.pth --out DIR
     python benchmarks/camvid_study.py report --out REPORT --study DIR BENCHMARK.json
 
@@ -81,6 +81,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         step.add_argument('config', type=Path, help='sparse config with the recipe')
         step.add_argument('--start', type=Path, required=True, help='checkpoint of a dense model')
         step.add_argument('--iters', type=int, help="length; defaults to the config's")
+    dense.add_argument('--lr', type=float, required=True, help='highest learning rate')
     dense.add_argument('--prefix', help="load only these of the checkpoint's weights: 'backbone.'")
     run.add_argument('--seeds', type=int, nargs='+', default=[0], help='one training for each')
     run.add_argument(
@@ -121,8 +122,9 @@ def variants() -> Iterator[Variant]:
 
 
 def train_dense(args: argparse.Namespace) -> None:
-    """Train the dense original at the full learning rate, without the hooks of the recipe."""
-    cfg = as_dense(load_config(args.config), pretrained=False)
+    """Train the dense original without the hooks of the recipe."""
+    cfg = as_dense(load_config(args.config))
+    cfg.optim_wrapper.optimizer.lr = args.lr
     if args.prefix:
         part = cfg.model[args.prefix.rstrip('.')]
         part.init_cfg = dict(type='Pretrained', checkpoint=str(args.start), prefix=args.prefix)
@@ -174,18 +176,13 @@ def load_config(path: Path) -> Config:
     return cfg
 
 
-def as_dense(cfg: Config, pretrained: bool = True) -> Config:
-    """The dense original of the model, trained without the hooks of the recipe.
-
-    Its learning rate is that of the recipe's pretrained parameters, or of the new ones.
-    """
+def as_dense(cfg: Config) -> Config:
+    """The dense original of the model, trained as the recipe's pretrained parameters are."""
     cfg.model = dense_config(cfg.model).model
     cfg.custom_hooks = []
     paramwise = cfg.optim_wrapper.paramwise_cfg
-    factor = paramwise.pop('pretrained_lr_mult')
+    cfg.optim_wrapper.optimizer.lr *= paramwise.pop('pretrained_lr_mult')
     cfg.optim_wrapper.constructor = paramwise.pop('constructor', 'DefaultOptimWrapperConstructor')
-    if pretrained:
-        cfg.optim_wrapper.optimizer.lr *= factor
     return cfg
 
 
