@@ -9,9 +9,8 @@ from contextlib import contextmanager
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader
 
-from ..utils.input_checks import check_checkpoint, check_weights
+from ..utils.input_checks import check_weights, read_checkpoint
 from ..utils.launch import ToolParser, load_config
 from .dense import Pair, build_pair, share_weights
 from .model_parts import patch_size, to_device
@@ -101,9 +100,7 @@ def load_models(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Config, P
     torch.manual_seed(args.seed)
     pair = build_pair(cfg.model)
     if args.checkpoint:
-        checkpoint = check_checkpoint('checkpoint', args.checkpoint)
-        # An address is not looked at by the check, but fetched here.
-        checkpoint = checkpoint or CheckpointLoader.load_checkpoint(args.checkpoint, 'cpu')
+        checkpoint = read_checkpoint('checkpoint', args.checkpoint)
         check_weights(pair.sparse, checkpoint.get('state_dict', checkpoint), args.checkpoint)
         share_weights(pair.sparse, pair.dense)
     for model in (pair.sparse, pair.dense):

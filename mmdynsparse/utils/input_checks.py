@@ -64,6 +64,19 @@ def check_checkpoint(argument: str, path: str, resume: bool = False) -> dict:
     return checkpoint
 
 
+def read_checkpoint(argument: str, path: str) -> dict:
+    """Read a checkpoint, from an address too.
+
+    Args:
+        argument: Name of the argument for the message.
+        path: As of :func:`check_checkpoint`.
+
+    Raises:
+        ValueError: As :func:`check_checkpoint`.
+    """
+    return check_checkpoint(argument, path) or CheckpointLoader.load_checkpoint(path, 'cpu')
+
+
 def check_training_inputs(cfg: Config) -> None:
     """Checks the files that a training run reads: datasets, annotations and checkpoints.
 

@@ -8,17 +8,16 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import CheckpointLoader
 from PIL import Image
 from torch import nn
 
 from mmdynsparse.analysis.command_line import AnalysisParser, at_least, check_device
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images
 from mmdynsparse.utils.input_checks import (
-    check_checkpoint,
     check_data,
     check_weights,
     is_new,
+    read_checkpoint,
 )
 from mmdynsparse.utils.launch import load_config, one_line_errors
 from mmdynsparse.visualization import draw_keep_maps
@@ -52,8 +51,7 @@ def load_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
     if not list(deciding_parts(model)):
         raise ValueError(f'config must have a sparse part, got none in {args.config}')
     if args.checkpoint:
-        checkpoint = check_checkpoint('checkpoint', args.checkpoint)
-        checkpoint = checkpoint or CheckpointLoader.load_checkpoint(args.checkpoint, 'cpu')
+        checkpoint = read_checkpoint('checkpoint', args.checkpoint)
         weights = checkpoint.get('state_dict', checkpoint)
         fresh = {k: v for k, v in model.state_dict().items() if is_new(k)}
         if fresh and not fresh.keys() & weights.keys():

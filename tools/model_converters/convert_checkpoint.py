@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.runner import CheckpointLoader
 
 from mmdynsparse.utils import convert_checkpoint
-from mmdynsparse.utils.input_checks import check_checkpoint
+from mmdynsparse.utils.input_checks import read_checkpoint
 from mmdynsparse.utils.launch import ToolParser, one_line_errors
 from mmdynsparse.utils.layouts import SOURCES
 
@@ -24,9 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--source', choices=SOURCES, required=True, help='code base of SRC')
     args = parser.parse(argv)
     with one_line_errors():
-        checkpoint = check_checkpoint('src', args.src)
-        checkpoint = checkpoint or CheckpointLoader.load_checkpoint(args.src, 'cpu')
-        converted = convert_checkpoint(checkpoint, args.source)
+        converted = convert_checkpoint(read_checkpoint('src', args.src), args.source)
     Path(args.dst).parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(state_dict=converted), args.dst)
     print(f'{len(converted)} tensors written to {args.dst}')
