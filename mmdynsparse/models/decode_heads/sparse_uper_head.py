@@ -212,7 +212,9 @@ class SparseUPerHead(UPerHead):
         mask = cell_mask(decision.mask, tuple(x.shape[2:]), self.cell_size).to(x.dtype)
         first = conv_module(self.lateral_convs[0], x)
         first = conv_module(self.fpn_convs[0], first + self._enlarge(coarse.lateral, x))
-        first = first * mask + self._enlarge(coarse.fine_in, x) * (1 - mask)
+        if not self.training:
+            # In training the fusion's batch statistics shall be those of the fine path alone.
+            first = first * mask + self._enlarge(coarse.fine_in, x) * (1 - mask)
         if self.resolution:
             features = self._finish(self._share(0, first) + self._enlarge(coarse.rest, x))
         else:

@@ -174,19 +174,26 @@ def test_ratio_and_scores():
 
 
 def test_predictor_learns_from_the_task():
-    """In training every parameter gets a gradient, and the light path leaves statistics alone."""
+    """In training every parameter gets a gradient."""
     head = build(dict(keep_ratio=0.5, predictor=PREDICTOR)).train()
-    dense = deepcopy(head)
     head(maps()).square().mean().backward()
     grads = {name: p.grad for name, p in head.named_parameters()}
     assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
     assert any(grads[name].abs().sum() > 0 for name in grads if name.startswith('decider.'))
-    # The first lateral's statistics are those of the full resolution, seen once.
-    with torch.no_grad():
-        dense.lateral_convs[0](maps()[0])
-    for name in ('running_mean', 'running_var'):
-        actual = getattr(head.lateral_convs[0].bn, name)
-        torch.testing.assert_close(actual, getattr(dense.lateral_convs[0].bn, name))
+
+
+@pytest.mark.parametrize('resolution', [True, False])
+def test_statistics_are_those_of_the_fine_path(resolution):
+    """Training updates the running statistics as if every cell were kept."""
+    head = build(dict(keep_ratio=0.5, predictor=PREDICTOR, resolution=resolution)).train()
+    dense = build(dict() if resolution else None).train()
+    dense.load_state_dict(head.state_dict(), strict=False)
+    for model in (head, dense):
+        model(maps())
+    before = build(dict(keep_ratio=0.5, predictor=PREDICTOR)).state_dict()
+    for name, buffer in dense.named_buffers():
+        torch.testing.assert_close(head.get_buffer(name), buffer, msg=name)
+        assert not torch.equal(buffer, before[name]), name
 
 
 def test_trains_with_the_entropy():
