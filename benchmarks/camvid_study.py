@@ -280,7 +280,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def read_costs(path: Path) -> dict[float | None, dict]:
-    """Multiply-adds, latency and its breakdown by the first keep ratio."""
+    """Multiply-adds, latency and its breakdown by the first keep ratio, None for dense."""
     costs = defaultdict(dict)
     for row in json.loads(path.read_text())['rows']:
         ratio, part = next(iter(row['keep_ratios']), None), row['part']
@@ -288,6 +288,7 @@ def read_costs(path: Path) -> dict[float | None, dict]:
         costs[ratio][f'ms {part}'] = row['median']
         costs[ratio][f'speed-up {part}'] = row['speed_up']
         costs[ratio][f'breakdown {part}'] = row['breakdown']
+        costs[ratio][f'dense breakdown {part}'] = costs[None][f'breakdown {part}']
     return dict(costs)
 
 
@@ -330,15 +331,11 @@ def accuracies(
 
 def breakdowns(table: Sequence[Mapping]) -> tuple[str, list[str], list[list[str]]]:
     """Title, header and lines of where the time of the whole models goes, dense -> sparse."""
-    key = 'breakdown whole'
-    dense, lines = {}, {}
-    for line in [line for line in table if line['costs']]:
-        place = line['study'], ratio_cell(line)
-        if line['ratio'] is None:
-            dense[line['study']] = line['costs'][key]
-        elif place not in lines and line['study'] in dense:
-            before, after = dense[line['study']], line['costs'][key]
-            lines[place] = {part: f'{before[part]:.0f} -> {after[part]:.0f}' for part in before}
+    lines = {}
+    for line in [line for line in table if line['costs'] and line['ratio'] is not None]:
+        before, after = (line['costs'][f'{key}breakdown whole'] for key in ('dense ', ''))
+        split = {part: f'{before[part]:.0f} -> {after[part]:.0f}' for part in before}
+        lines[line['study'], ratio_cell(line)] = split
     parts = list(next(iter(lines.values()), {}))
     cells = [[*place, *(line[part] for part in parts)] for place, line in lines.items()]
     return 'Profiled time, ms, dense -> sparse', ['study', 'keep ratio', *parts], cells
