@@ -138,14 +138,13 @@ class SparseFPN(FPN):
         """
         hw = tuple(x.shape[2:])
         size = self.cell_size >> level
-        light = F.interpolate(light, hw)
         if self.decider.gathers:
             return self._in_cells(level, x, coarse, light, decision, size)
         if coarse is not None:
             x = conv_module(self.lateral_convs[level], x) + F.interpolate(coarse, hw)
         x = conv_module(self.fpn_convs[level], x)
         mask = cell_mask(decision.mask, hw, size).to(x.dtype)
-        return (x * mask + light * (1 - mask)).contiguous()
+        return (x * mask + F.interpolate(light, hw) * (1 - mask)).contiguous()
 
     def _in_cells(
         self,
@@ -156,11 +155,11 @@ class SparseFPN(FPN):
         decision: Decision,
         size: int,
     ) -> Tensor:
+        batch, hw = len(x), tuple(x.shape[2:])
         if decision.kept is None:
             decision = with_positions(decision)
         if len(decision.kept) == 0:
-            return light
-        batch, hw = len(x), tuple(x.shape[2:])
+            return F.interpolate(light, hw)
         with region('gather'):
             rows = cell_rows(decision.kept, batch, hw, size, halo=1)
         if coarse is None:
@@ -173,6 +172,8 @@ class SparseFPN(FPN):
         with region('slow path'):
             tiles = conv_module(self.fpn_convs[level], tiles, padding=0)
         with region('scatter'):
+            # Not enlarged before: the rows of above take as much memory, which is free by now.
+            light = F.interpolate(light, hw)
             return put_tiles(light, decision.kept, tiles.to(light.dtype))
 
     def _lateral_rows(self, level: int, x: Tensor, coarse: Tensor, rows_R: Tensor) -> Tensor:
