@@ -62,7 +62,8 @@ class SparseUPerHead(UPerHead):
 
     *Resolution.* The fusion convolution over the concatenated levels is a sum of convolutions,
     one for each level. Those of the enlarged levels are computed at their own resolution and
-    their results are enlarged. It needs no weights and no training.
+    their results are enlarged. It needs no weights and no training. At keep ratio 1.0 of the
+    second lever the head is mmseg's, and this one is not used either.
 
     *Location.* The convolutions at stride 4 (those of the first level and its share of the
     fusion) run in kept cells. Elsewhere the head predicts at stride 8, from the first level at
@@ -102,18 +103,16 @@ class SparseUPerHead(UPerHead):
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the logits (B, classes, H, W) of feature maps (B, C_i, H_i, W_i)."""
-        if not self.resolution and self.decider is None:
+        if self.decider is None:
             return super().forward(inputs)
-        maps = [self._in_memory(x) for x in self._transform_inputs(inputs)]
-        laterals = self._laterals(maps)
+        maps = self._transform_inputs(inputs)
         hw = tuple(maps[0].shape[2:])
-        decision = None
-        if self.decider is not None:
-            decision = self.decider.known(inputs, hw, self.cell_size)
-        if self.decider is None or (decision is not None and decision.keeps_all):
-            return self.cls_seg(self._fuse(maps[0], laterals))
+        decision = self.decider.known(inputs, hw, self.cell_size)
+        if decision is not None and decision.keeps_all:
+            return self.cls_seg(super()._forward_feature(inputs))
+        maps = [self._in_memory(x) for x in maps]
         _check_sizes(maps)
-        coarse = self._coarse(maps[0], laterals)
+        coarse = self._coarse(maps[0], self._laterals(maps))
         if decision is None:
             decision = self._decide(coarse, hw)
         if self.decider.gathers:
@@ -125,7 +124,11 @@ class SparseUPerHead(UPerHead):
         if not self.resolution:
             return super()._forward_feature(inputs)
         maps = [self._in_memory(x) for x in self._transform_inputs(inputs)]
-        return self._fuse(maps[0], self._laterals(maps))
+        laterals = self._laterals(maps)
+        first = conv_module(self.lateral_convs[0], maps[0])
+        first = conv_module(self.fpn_convs[0], first + self._enlarge(laterals[0], first))
+        rest = self._rest(self._outs(laterals))
+        return self._finish(self._share(0, first) + self._enlarge(rest, first))
 
     def _in_memory(self, x: Tensor) -> Tensor:
         return x if self.training else x.contiguous(memory_format=torch.channels_last)
@@ -137,16 +140,6 @@ class SparseUPerHead(UPerHead):
             x = conv_module(conv, x)
             laterals.insert(0, x + self._enlarge(laterals[0], x))
         return laterals
-
-    def _fuse(self, x: Tensor, laterals: list[Tensor]) -> Tensor:
-        """Return the fused features of every location at stride 4."""
-        first = conv_module(self.lateral_convs[0], x)
-        first = conv_module(self.fpn_convs[0], first + self._enlarge(laterals[0], first))
-        outs = self._outs(laterals)
-        if not self.resolution:
-            outs = [self._enlarge(out, first) for out in outs]
-            return self.fpn_bottleneck(torch.cat([first, *outs], dim=1))
-        return self._finish(self._share(0, first) + self._enlarge(self._rest(outs), first))
 
     def _outs(self, laterals: list[Tensor]) -> list[Tensor]:
         convs = self.fpn_convs[1:]

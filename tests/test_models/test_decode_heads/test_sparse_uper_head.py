@@ -89,8 +89,9 @@ def force(monkeypatch, masks):
         dict(resolution=False),
         dict(resolution=False, keep_ratio=1.0),
         dict(resolution=False, keep_ratio=1.0, predictor=PREDICTOR),
+        dict(keep_ratio=1.0),
     ],
-    ids=['none', 'levers off', 'everything kept', 'predictor'],
+    ids=['none', 'levers off', 'everything kept', 'predictor', 'everything kept, by level too'],
 )
 def test_is_the_dense_head(sparsity, hw):
     """Without levers, and with everything kept, the head is mmseg's."""
