@@ -136,11 +136,16 @@ def train_dense(args: argparse.Namespace) -> None:
 
 def run_variants(args: argparse.Namespace) -> None:
     """Fine-tune and evaluate what is not there yet."""
+    wanted = [v for v in variants() if v.key.startswith(tuple(args.variants or ('',)))]
+    if not wanted:
+        keys = ', '.join(variant.key for variant in variants())
+        sys.exit(f'--variants must be beginnings of {keys}, got {" ".join(args.variants)}')
     for seed in args.seeds:
-        for variant in variants():
+        for variant in wanted:
             path = args.out / f'{variant.key}_seed-{seed}.json'
-            wanted = args.variants is None or variant.key.startswith(tuple(args.variants))
-            if wanted and not path.exists():
+            # Nothing of the dense model that is not trained depends on the seed.
+            again = variant.name == 'dense' and seed != args.seeds[0]
+            if not again and not path.exists():
                 row = run_variant(variant, args, seed)
                 write_json(row, path)
                 print(json.dumps(row))
@@ -180,8 +185,8 @@ def as_dense(cfg: Config) -> Config:
     """The dense original of the model, trained as the recipe's pretrained parameters are."""
     cfg.model = dense_config(cfg.model).model
     cfg.custom_hooks = []
-    paramwise = cfg.optim_wrapper.paramwise_cfg
-    cfg.optim_wrapper.optimizer.lr *= paramwise.pop('pretrained_lr_mult')
+    paramwise = cfg.optim_wrapper.get('paramwise_cfg', {})
+    cfg.optim_wrapper.optimizer.lr *= paramwise.pop('pretrained_lr_mult', 1.0)
     cfg.optim_wrapper.constructor = paramwise.pop('constructor', 'DefaultOptimWrapperConstructor')
     return cfg
 
@@ -242,7 +247,7 @@ def call(log: Path, *command: object) -> None:
 
 def training_summary(work_dir: Path) -> dict:
     """Mean losses of the first and the last fifth of a training and its last keep rates."""
-    (path,) = work_dir.glob('*/vis_data/scalars.json')
+    path = max(work_dir.glob('*/vis_data/scalars.json'))  # an interrupted run may have left others
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [line for line in lines if 'loss' in line]
     part = max(len(lines) // 5, 1)

@@ -8,6 +8,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 # A Swin small enough for unit tests that still has the published depths.
 TINY_SWIN = dict(embed_dims=24, depths=(2, 2, 6, 2), num_heads=(2, 3, 6, 6))
@@ -47,5 +48,6 @@ def randomize():
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _as_in_a_new_process():
     torch.manual_seed(0)
+    DefaultScope._instance_dict.clear()

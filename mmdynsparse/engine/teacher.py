@@ -29,7 +29,8 @@ def load_teacher(config: str | Mapping, checkpoint: str) -> tuple[nn.Module, Seq
         checkpoint: Path or address.
 
     Returns:
-        The model and the names of its classes, None if the checkpoint does not say.
+        The model, which keeps every location, and the names of its classes, None if the
+        checkpoint does not say.
 
     Raises:
         ValueError: If a file is missing or unreadable, or the weights do not fit the model.
@@ -46,6 +47,7 @@ def load_teacher(config: str | Mapping, checkpoint: str) -> tuple[nn.Module, Seq
     # The student starts from the same random weights with and without a teacher.
     with torch.random.fork_rng(devices=[]):
         model = MODELS.build(model_cfg)
+    _keep_everything(model)
     check_weights(model, loaded.get('state_dict', loaded), checkpoint)
     meta = loaded.get('meta', {}).get('dataset_meta') or {}
     return model, meta.get('classes')
@@ -68,8 +70,7 @@ def copy_student(runner: Runner) -> nn.Module:
     teacher = deepcopy(student, {id(h): OrderedDict() for h in hooks})
     for module in teacher.modules():
         module.__dict__.pop('forward', None)  # replaced on the student, and bound to it
-        if getattr(module, 'keep_ratios', None):
-            module.keep_ratios = [1.0] * len(module.keep_ratios)
+    _keep_everything(teacher)
     path = osp.join(runner.work_dir, COPY_NAME)
     if runner.iter > 0:
         if not osp.isfile(path):
@@ -130,6 +131,12 @@ def check_teacher(
             f'teacher must have been trained for the classes {tuple(classes[0])}, '
             f'got {tuple(classes[1])}'
         )
+
+
+def _keep_everything(model: nn.Module) -> None:
+    for module in model.modules():
+        if getattr(module, 'keep_ratios', None):
+            module.keep_ratios = [1.0] * len(module.keep_ratios)
 
 
 def _preprocessing(model: nn.Module) -> tuple:

@@ -59,17 +59,18 @@ def check_conv_modules(parent: nn.Module, names: str) -> None:
         names: Of the arguments to blame.
 
     Raises:
-        ValueError: If a convolution is not a plain one, or a norm is not a batch norm.
+        ValueError: If a convolution is not a plain one, or a norm is not an affine batch norm.
     """
     for module in parent.modules():
         if not isinstance(module, ConvModule):
             continue
         norm = module.norm if module.with_norm else None
         plain = type(module.conv) is nn.Conv2d and not module.with_explicit_padding
-        if not plain or not (norm is None or isinstance(norm, _BatchNorm)):
+        folds = norm is None or (isinstance(norm, _BatchNorm) and norm.affine)
+        if not plain or not folds:
             raise ValueError(
-                f'{names} must be a plain convolution and a batch norm or None in a sparse part, '
-                f'got {type(module.conv).__name__} and {type(norm).__name__}'
+                f'{names} must be a plain convolution and an affine batch norm or None in a sparse '
+                f'part, got {type(module.conv).__name__} and {type(norm).__name__}'
             )
 
 

@@ -192,6 +192,30 @@ def check_not_empty(runner: Runner, split: str) -> None:
         )
 
 
+def check_backbone(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Checks that weights which training starts from are of the same backbone.
+
+    Heads may differ, as those for other classes do.
+
+    Args:
+        model: The bare model.
+        weights: State dict, possibly of a model that was wrapped for distributed training.
+
+    Raises:
+        ValueError: If less than half of the backbone's tensors, without predictors and fast paths,
+            are there in the same shape.
+    """
+    found = {key.removeprefix('module.'): value.shape for key, value in weights.items()}
+    ours = {f'backbone.{key}': value.shape for key, value in model.backbone.state_dict().items()}
+    ours = {key: shape for key, shape in ours.items() if not is_new(key)}
+    fitting = sum(found.get(key) == shape for key, shape in ours.items())
+    if 2 * fitting < len(ours):
+        raise ValueError(
+            f"load_from must hold the weights of the model's {type(model.backbone).__name__}, "
+            f'{len(ours)} tensors such as {next(iter(ours))}, got {fitting} of them'
+        )
+
+
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
     """Loads weights into a model and refuses any that do not fit.
 

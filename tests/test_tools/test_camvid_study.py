@@ -101,6 +101,9 @@ def test_bad_input(study: ModuleType, config: Path, capsys: pytest.CaptureFixtur
     ):
         with pytest.raises(SystemExit):
             study.main([str(argument) for argument in arguments])
+    unknown = ['run', config, '--start', config, '--out', 'out', '--variants', 'learnt']
+    with pytest.raises(SystemExit, match=r'--variants must be beginnings of dense, .*got learnt'):
+        study.main([str(argument) for argument in unknown])
     errors = capsys.readouterr().err
     assert 'start must be an existing file, got nowhere.pth' in errors
     assert '--iters must be at least 1, got 0' in errors

@@ -122,7 +122,9 @@ class DistillationHook(Hook):
 
     def _probe(self, student: nn.Module) -> None:
         """Run both models on an empty image, so that what does not fit fails now."""
-        image = next(student.parameters()).new_zeros(1, 3, PROBE, PROBE)
+        mean = getattr(student.data_preprocessor, 'mean', None)
+        channels = 3 if mean is None else len(mean)
+        image = next(student.parameters()).new_zeros(1, channels, PROBE, PROBE)
         rois = image.new_tensor([[0, 0, 0, PROBE / 2, PROBE / 2]]) if ROI in self._heads else None
         training = student.training
         student.eval()

@@ -27,7 +27,7 @@ class _Ramp(Hook):
     def before_train(self, runner: Runner) -> None:
         """Find the sparse parts of the model."""
         name = type(self).__name__
-        _check_end(name, 'end', self.end, runner)
+        check_end(name, 'end', self.end, runner)
         model = bare_model(runner)
         self._parts = [m for m in model.modules() if getattr(m, 'keep_ratios', None)]
         if not self._parts:
@@ -136,7 +136,7 @@ class FreezePretrained(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Hook on to the optimizer."""
-        _check_end(type(self).__name__, 'iters', self.iters, runner)
+        check_end(type(self).__name__, 'iters', self.iters, runner)
         parameters = list(bare_model(runner).named_parameters())
         frozen = [p for name, p in parameters if not is_new(name, self.new_parts)]
         if len(frozen) == len(parameters):
@@ -162,7 +162,18 @@ class FreezePretrained(Hook):
         self._handle.remove()
 
 
-def _check_end(name: str, argument: str, value: int, runner: Runner) -> None:
+def check_end(name: str, argument: str, value: int, runner: Runner) -> None:
+    """Check that what a hook does in the first iterations ends within the training.
+
+    Args:
+        name: Name of the hook.
+        argument: Name of its argument.
+        value: Iterations.
+        runner: The runner of the training.
+
+    Raises:
+        ValueError: If the training is shorter.
+    """
     if value > runner.max_iters:
         raise ValueError(
             f"{argument} of {name} must be at most the training's {runner.max_iters} iterations, "

@@ -3,18 +3,22 @@
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from mmengine.dist import all_reduce, get_dist_info
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ...models.backbones import SparseBackbone
 from ...models.decider import Decider
 from ...ops import Decision
 from ...registry import HOOKS
+from ...utils.input_checks import check_backbone
+from ..parameters import bare_model
+from .schedule_hooks import check_end
 
 # Iterations between checks for collapse.
 CHECK_INTERVAL = 50
@@ -41,7 +45,8 @@ class SparsityHook(Hook):
 
     Raises:
         ValueError: If an argument is outside its range, or, before the first iteration, the model
-            has no part that makes decisions.
+            has no part that makes decisions, the training is shorter than ``warmup_iters``, or
+            the checkpoint is of another backbone.
     """
 
     def __init__(
@@ -59,7 +64,7 @@ class SparsityHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Find the parts that make decisions and start to measure all their forwards."""
-        self._model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._model = bare_model(runner)
         parts = (SparseBackbone, Decider)
         self._parts = [m for m in self._model.modules() if isinstance(m, parts)]
         if not self._parts:
@@ -72,9 +77,11 @@ class SparsityHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Add the ratio loss to what the model's forward returns in loss mode."""
-        rank, world_size = get_dist_info()
+        rank, _ = get_dist_info()
         if rank or runner.iter:
-            torch.manual_seed(torch.initial_seed() + runner.iter * world_size + rank)
+            entropy = [torch.initial_seed(), rank, runner.iter]
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        check_end(type(self).__name__, 'warmup_iters', self.warmup_iters, runner)
 
         def add_losses(module: nn.Module, args: tuple, kwargs: dict, losses: dict) -> dict | None:
             if kwargs.get('mode') != 'loss':
@@ -127,8 +134,11 @@ class SparsityHook(Hook):
         checkpoint['meta']['keep_ratios'] = self._targets
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare the keep ratios of a training that is resumed with the model's."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        """Refuse another architecture, and warn of other keep ratios where training is resumed."""
+        model = bare_model(runner)
+        # Parts of a sharded model have other shapes.
+        if hasattr(model, 'backbone') and not isinstance(runner.model, FullyShardedDataParallel):
+            check_backbone(model, checkpoint.get('state_dict', checkpoint))
         ratios = [r for m in model.modules() for r in getattr(m, 'keep_ratios', ())]
         before = checkpoint.get('meta', {}).get('keep_ratios', ratios)
         if runner._resume and before != ratios:

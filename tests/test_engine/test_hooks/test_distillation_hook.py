@@ -2,7 +2,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
@@ -160,20 +160,35 @@ def test_losses_do_not_depend_on_how_a_batch_is_split(task, start, tiny):
         torch.testing.assert_close(whole[name], (parts[0][name] + parts[1][name]) / 2)
 
 
+@pytest.mark.parametrize('kind', ['SwinTransformer', 'SparseSwinTransformer'])
 @pytest.mark.parametrize('task', ['seg', 'det'])
-def test_teacher_from_a_dense_config_and_checkpoint(task, start, tmp_path, tiny):
+def test_teacher_from_a_config_and_a_dense_checkpoint(task, kind, start, tmp_path, tiny):
+    """The teacher keeps everything, whatever its config says."""
     dense = tiny.build(task, dense=True)
     path = tmp_path / 'dense.pth'
     torch.save(dict(state_dict=dense.state_dict(), meta={}), path)
     model = tiny.build(task)
     keys = model.load_state_dict(dense.state_dict(), strict=False)
     assert not keys.unexpected_keys
-    config = dict(model=tiny.config(task, dense=True), default_scope=tiny.SCOPES[task])
+    model_cfg = tiny.config(task, dense=kind == 'SwinTransformer')
+    config = dict(model=model_cfg, default_scope=tiny.SCOPES[task])
     model, hook = start(task, model, teacher=dict(config=config, checkpoint=str(path)))
-    assert type(hook._teacher.backbone).__name__ == 'SwinTransformer'
+    assert type(hook._teacher.backbone).__name__ == kind
     model.eval()
     model.backbone.set_keep_ratio(1.0)
     assert all(value.item() < 1e-6 for value in distilled(losses_of(tiny, model, task)).values())
+
+
+def test_images_of_one_channel(start, tiny):
+    cfg = tiny.config('seg', in_channels=1)
+    cfg.data_preprocessor.update(mean=[120.0], std=[60.0], bgr_to_rgb=False)
+    init_default_scope('mmseg')
+    model, _ = start('seg', MODELS.build(cfg))
+    batch = [tiny.sample('seg', i) for i in range(2)]
+    data = {key: [sample[key] for sample in batch] for key in ('inputs', 'data_samples')}
+    data['inputs'] = [image[:1] for image in data['inputs']]
+    losses = model(**model.data_preprocessor(data, True), mode='loss')
+    assert distilled(losses)['loss_distill_backbone'] > 0
 
 
 def test_mixed_precision_is_that_of_the_student(start, tiny):

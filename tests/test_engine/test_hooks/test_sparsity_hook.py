@@ -45,7 +45,9 @@ class Count(BaseMetric):
         return dict(images=sum(results))
 
 
-def run(tmp_path, iters=4, hook=None, model=None, resume=False, backend='LocalVisBackend'):
+def run(
+    tmp_path, iters=4, hook=None, model=None, resume=False, backend='LocalVisBackend', **kwargs
+):
     images = [torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
 
     def loader(repeat=1):
@@ -75,6 +77,7 @@ def run(tmp_path, iters=4, hook=None, model=None, resume=False, backend='LocalVi
         randomness=dict(seed=0),
         resume=resume,
         experiment_name=f'{tmp_path}_{iters}_{resume}'.replace('/', '_'),
+        **kwargs,
     )
     runner.train()
     return runner
@@ -211,6 +214,27 @@ def test_bad_arguments(tmp_path):
     for name, value in (('weight', -1), ('warmup_iters', -3)):
         with pytest.raises(ValueError, match=f'{name} must be at least .*got {value}'):
             SparsityHook(**{name: value})
+
+
+def test_warmup_longer_than_the_training(tmp_path):
+    with pytest.raises(
+        ValueError, match=r'warmup_iters of SparsityHook must be at most .* 4 .*got 5'
+    ):
+        run(tmp_path, hook=SparsityHook(warmup_iters=5))
+
+
+def test_checkpoint_of_another_backbone(tmp_path):
+    weights = Model().state_dict()
+    dense = {key: value for key, value in weights.items() if 'predictors' not in key}
+    torch.save(dense, tmp_path / 'dense.pth')
+    run(tmp_path, load_from=str(tmp_path / 'dense.pth'))
+    for name, other in (
+        ('narrow', {key: value[..., :1] for key, value in weights.items()}),
+        ('backbone alone', {k.removeprefix('backbone.'): v for k, v in weights.items()}),
+    ):
+        torch.save(other, tmp_path / f'{name}.pth')
+        with pytest.raises(ValueError, match=r'load_from must hold the weights .*got \d of them'):
+            run(tmp_path, load_from=str(tmp_path / f'{name}.pth'))
 
 
 def test_model_without_sparse_backbone_is_refused(tmp_path):

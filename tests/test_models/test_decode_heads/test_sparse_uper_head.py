@@ -249,7 +249,7 @@ def test_bad_sparsity(sparsity, message):
 
 
 def test_bad_norm_and_sizes():
-    with pytest.raises(ValueError, match='must be a plain convolution and a batch norm'):
+    with pytest.raises(ValueError, match='must be a plain convolution and an affine batch norm'):
         build(dict(keep_ratio=0.5), norm_cfg=dict(type='GN', num_groups=4))
     head = build(dict(keep_ratio=0.5))
     first, _, *others = maps()
