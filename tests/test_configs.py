@@ -264,9 +264,9 @@ def _ratio_weight(family, size) -> float:
 
 def _check_schedule(name, cfg):
     """Check length and batch size against the name, and that the learning rate ends with them."""
-    epochs = re.search(r'[_-](\d)x_', name)
+    epochs = re.search(r'[_-](\d)x_|finetune-(\d)e_', name)
     if epochs:
-        length = 12 * int(epochs[1])
+        length = 12 * int(epochs[1]) if epochs[1] else int(epochs[2])
         assert cfg.train_cfg.max_epochs == length
         assert cfg.train_dataloader.batch_size == 2
     else:
@@ -336,7 +336,7 @@ def test_sparse_heads_differ_from_their_relative_in_neck_and_head(path):
     if 'by-level' in name:
         assert sparsities == [{}]
         return
-    assert sparsities[0].pop('keep_ratio') == 0.3
+    assert sparsities[0].pop('keep_ratio') == (0.3 if 'entropy' in name else 0.5)
     learned = dict(predictor=dict(type='mmdynsparse.CellPredictor'))
     if 'by-backbone' in name:
         assert sparsities == [dict(predictor='backbone'), {}][: len(parts)]
