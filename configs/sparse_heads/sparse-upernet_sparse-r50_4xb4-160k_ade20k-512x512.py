@@ -2,6 +2,6 @@ _base_ = '../sparse_resnet/upernet_sparse-r50_4xb4-160k_ade20k-512x512.py'
 model = dict(
     decode_head=dict(
         type='mmdynsparse.SparseUPerHead',
-        sparsity=dict(keep_ratio=0.5, predictor=dict(type='mmdynsparse.CellPredictor')),
+        sparsity=dict(keep_ratio=0.3, predictor=dict(type='mmdynsparse.CellPredictor')),
     )
 )
