@@ -18,6 +18,6 @@ train_cfg = dict(max_iters=400, val_interval=400)
 default_hooks = dict(checkpoint=dict(interval=400))
 custom_hooks = [
     dict(type='mmdynsparse.SparsityHook', weight=10.0),
-    dict(type='mmdynsparse.DistillationHook', logit_weight=0.5, features=dict(backbone=0.5)),
+    dict(type='mmdynsparse.DistillationHook', logit_weight=0.5, features=dict(backbone=20.0)),
     dict(type='mmdynsparse.FreezePretrained', iters=40),
 ]
