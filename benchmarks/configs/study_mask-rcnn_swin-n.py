@@ -11,7 +11,7 @@ custom_hooks = [
     dict(
         type='mmdynsparse.DistillationHook',
         logit_weight=0.5,
-        features=dict(backbone=20.0, neck=0.5),
+        features=dict(backbone=5.0, neck=0.5),
     ),
-    dict(type='mmdynsparse.FreezePretrained', iters=20),
+    dict(type='mmdynsparse.FreezePretrained', iters=6),
 ]

@@ -1,4 +1,4 @@
-# The same in about a tenth of the iterations, 4 of 36 epochs, with much stronger distillation of the
+# The same in about a tenth of the iterations, 4 of 36 epochs, with stronger distillation of the
 # backbone's features, without which predictors learn little in so short a time (docs/study.md).
 _base_ = './det_sparse-3x.py'
 param_scheduler = [
@@ -8,6 +8,6 @@ param_scheduler = [
 train_cfg = dict(max_epochs=4)
 custom_hooks = [
     dict(type='mmdynsparse.SparsityHook', weight=10.0),
-    dict(type='mmdynsparse.DistillationHook', logit_weight=0.5, features=dict(backbone=20.0)),
+    dict(type='mmdynsparse.DistillationHook', logit_weight=0.5, features=dict(backbone=5.0)),
     dict(type='mmdynsparse.FreezePretrained', iters=1200),
 ]
