@@ -8,10 +8,6 @@ param_scheduler = [
 train_cfg = dict(max_iters=200)
 custom_hooks = [
     dict(type='mmdynsparse.SparsityHook', weight=10.0),
-    dict(
-        type='mmdynsparse.DistillationHook',
-        logit_weight=0.5,
-        features=dict(backbone=5.0, neck=0.5),
-    ),
+    dict(type='mmdynsparse.DistillationHook', logit_weight=0.5, features=dict(neck=0.5)),
     dict(type='mmdynsparse.FreezePretrained', iters=6),
 ]

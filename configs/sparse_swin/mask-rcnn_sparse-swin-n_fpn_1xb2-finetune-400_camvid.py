@@ -19,10 +19,6 @@ log_processor = dict(by_epoch=False)
 auto_scale_lr = dict(base_batch_size=2)
 custom_hooks = [
     dict(type='mmdynsparse.SparsityHook', weight=10.0),
-    dict(
-        type='mmdynsparse.DistillationHook',
-        logit_weight=0.5,
-        features=dict(backbone=5.0, neck=0.5),
-    ),
+    dict(type='mmdynsparse.DistillationHook', logit_weight=0.5, features=dict(neck=0.5)),
     dict(type='mmdynsparse.FreezePretrained', iters=16),
 ]
