@@ -1,5 +1,6 @@
-# The same in a tenth of the iterations of the dense schedule, with much stronger distillation of the
-# backbone's features, without which predictors learn little in so short a time (docs/study.md).
+# The same in a tenth of the iterations of the dense schedule. The backbone's features weigh much
+# more in the distillation, without which predictors learn little in so short a time
+# (docs/study.md).
 _base_ = './seg_sparse-160k.py'
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=150),
