@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -355,6 +356,7 @@ def plot(table: Sequence[Mapping], metric: str, path: Path) -> None:
     """Draw accuracy against the whole model's latency."""
     figure = Figure(figsize=(7, 5))
     axes = figure.add_subplot()
+    axes.set_prop_cycle(color=colormaps['tab20'].colors)
     groups = defaultdict(list)
     for line in table:
         if line['costs']:
@@ -367,7 +369,7 @@ def plot(table: Sequence[Mapping], metric: str, path: Path) -> None:
             if ratio is not None:
                 axes.annotate(f' {ratio}', (x, y))
     axes.set(xlabel='latency of the whole model, ms', ylabel=metric)
-    axes.legend()
+    axes.legend(loc='upper left', bbox_to_anchor=(1.02, 1))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches='tight')
 
