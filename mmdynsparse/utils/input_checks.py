@@ -205,7 +205,8 @@ def check_backbone(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         ValueError: If less than half of the backbone's tensors, without predictors and fast paths,
             are there in the same shape.
     """
-    found = {key.removeprefix('module.'): value.shape for key, value in weights.items()}
+    # What is no state dict, as {'model': ...}, holds values without a shape.
+    found = {k.removeprefix('module.'): getattr(v, 'shape', None) for k, v in weights.items()}
     ours = {f'backbone.{key}': value.shape for key, value in model.backbone.state_dict().items()}
     ours = {key: shape for key, shape in ours.items() if not is_new(key)}
     fitting = sum(found.get(key) == shape for key, shape in ours.items())

@@ -1,5 +1,5 @@
 # The same in about a tenth of the iterations, 4 of 36 epochs. The neck's features are distilled
-# and not the backbone's, which cost accuracy in so short a training (docs/study.md).
+# and not the backbone's, which seems to cost accuracy in short trainings (docs/study.md).
 _base_ = './det_sparse-3x.py'
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=250),

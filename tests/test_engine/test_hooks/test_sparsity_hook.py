@@ -230,6 +230,7 @@ def test_checkpoint_of_another_backbone(tmp_path):
     run(tmp_path, load_from=str(tmp_path / 'dense.pth'))
     for name, other in (
         ('narrow', {key: value[..., :1] for key, value in weights.items()}),
+        ('nested', dict(model=weights)),
         ('backbone alone', {k.removeprefix('backbone.'): v for k, v in weights.items()}),
     ):
         torch.save(other, tmp_path / f'{name}.pth')
