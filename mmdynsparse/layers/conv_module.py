@@ -44,8 +44,9 @@ def norm_act(module: ConvModule, x: Tensor, light: bool = False) -> Tensor:
     if module.with_norm:
         norm = module.norm
         if light and norm.training:
-            statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-            x = F.batch_norm(x, *statistics, training=False, eps=norm.eps)
+            # Copies: the slow path may update the statistics before this is differentiated.
+            statistics = (norm.running_mean.clone(), norm.running_var.clone())
+            x = F.batch_norm(x, *statistics, norm.weight, norm.bias, training=False, eps=norm.eps)
         else:
             x = norm(x)
     return _act(module, x)

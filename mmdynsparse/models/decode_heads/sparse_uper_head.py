@@ -63,7 +63,7 @@ class SparseUPerHead(UPerHead):
     *Resolution.* The fusion convolution over the concatenated levels is a sum of convolutions,
     one for each level. Those of the enlarged levels are computed at their own resolution and
     their results are enlarged. It needs no weights and no training. At keep ratio 1.0 of the
-    second lever the head is mmseg's, and this one is not used either.
+    second lever the head is mmseg's, in training too, and this one is not used either.
 
     *Location.* The convolutions at stride 4 (those of the first level and its share of the
     fusion) run in kept cells. Elsewhere the head predicts at stride 8, from the first level at
@@ -81,8 +81,8 @@ class SparseUPerHead(UPerHead):
         **kwargs: Arguments of mmseg's ``UPerHead``.
 
     Raises:
-        ValueError: If ``sparsity`` is not valid, or the second lever meets a norm that is no
-            batch norm.
+        ValueError: If ``sparsity`` is not valid, or with it a convolution is not a plain one or a
+            norm is no batch norm.
     """
 
     original: ClassVar[str] = 'UPerHead'
@@ -208,7 +208,7 @@ class SparseUPerHead(UPerHead):
         if not self.training:
             # In training the fusion's batch statistics shall be those of the fine path alone.
             first = first * mask + self._enlarge(coarse.fine_in, x) * (1 - mask)
-        if self.resolution:
+        if self.resolution and not decision.keeps_all:
             features = self._finish(self._share(0, first) + self._enlarge(coarse.rest, x))
         else:
             outs = [self._enlarge(out, x) for out in coarse.outs]

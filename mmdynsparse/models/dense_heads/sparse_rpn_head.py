@@ -43,8 +43,8 @@ class SparseRPNHead(RPNHead):
     A location that is not kept proposes nothing on its level.
 
     Args:
-        sparsity: ``dict()`` for the decision that the features carry, those of a ``SparseFPN``
-            (without one the head is dense); or arguments of
+        sparsity: ``dict()`` for the decision that the features of a ``SparseFPN`` carry; or
+            arguments of
             :class:`~mmdynsparse.models.decider.CellSparsity` for a decision of the head's own,
             by default with a ``mmdynsparse.CellPredictor`` on the second level. None is the
             dense head. Defaults to None.
@@ -52,7 +52,7 @@ class SparseRPNHead(RPNHead):
 
     Raises:
         ValueError: If ``sparsity`` is not valid, or with it ``num_convs`` is not 1 or the class
-            scores are not sigmoids.
+            scores are not sigmoids; in a forward, if the features carry no decision that is needed.
     """
 
     original: ClassVar[str] = 'RPNHead'
@@ -79,20 +79,28 @@ class SparseRPNHead(RPNHead):
 
     def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return class scores (B, A, H_i, W_i) and box deltas (B, 4 A, H_i, W_i) of all levels."""
+        if not self.is_sparse:
+            return super().forward(x)
         decision, size = self._decide(x)
-        if decision is None or (decision.keeps_all and not self.training):
+        if decision.keeps_all and not self.training:
             return super().forward(x)
         outs = [self._sparse_level(x[i], decision, size >> i) for i in range(SPARSE_LEVELS)]
         outs += [self.forward_single(level) for level in x[SPARSE_LEVELS:]]
         scores, deltas = zip(*outs, strict=True)
         return list(scores), list(deltas)
 
-    def _decide(self, x: Sequence[Tensor]) -> tuple[Decision | None, int]:
-        """Return the decision, if there is one, and the side of its cells in the first map."""
+    def _decide(self, x: Sequence[Tensor]) -> tuple[Decision, int]:
+        """Return the decision and the side of its cells in the first map."""
         if self.decider is None:
             # A backbone's decisions, which have no cell size, are not about these maps.
-            size = getattr(x, 'cell_size', None) if self.is_sparse else None
-            return (None, 0) if size is None else (x.decisions[-1], size)
+            size = getattr(x, 'cell_size', None)
+            if size is None:
+                raise ValueError(
+                    'sparsity=dict() of an RPN head needs feature maps that carry a decision, from '
+                    'a sparse SparseFPN and with no neck in between that leaves it behind, got a '
+                    f'{type(x).__name__} of maps without; keep_ratio makes it decide by itself'
+                )
+            return x.decisions[-1], size
         grid = cell_grid(tuple(x[0].shape[2:]), self.cell_size)
         if self.decider.keeps_all:
             return self.decider.keep_all(x[0], grid), self.cell_size
@@ -117,25 +125,27 @@ class SparseRPNHead(RPNHead):
     def _in_cells(self, x: Tensor, decision: Decision, size: int) -> tuple[Tensor, Tensor]:
         batch, hw = len(x), tuple(x.shape[2:])
         anchors, outs = self.rpn_cls.out_channels, self.rpn_reg.out_channels
-        table = x.new_zeros(batch * hw[0] * hw[1] + 2, anchors + outs)
-        table[:, :anchors] = -torch.inf
-        if len(decision.kept) > 0:
-            with region('gather'):
-                rows = cell_rows(decision.kept, batch, hw, size, halo=1)
-                tiles = take_tiles(cell_table(x), rows.tile, size + 2)
-            with region('slow path'):
-                tiles = F.conv2d(tiles, self.rpn_conv.weight, self.rpn_conv.bias)
-                kept = F.relu(tile_rows(tiles))
-                parts = (self.rpn_cls, self.rpn_reg)
-                kept = [linear(kept, part.weight.flatten(1), part.bias) for part in parts]
-            with region('scatter'):
-                table.index_copy_(0, rows.inner, torch.cat(kept, dim=1).to(table.dtype))
+        with region('gather'):
+            rows = cell_rows(decision.kept, batch, hw, size, halo=1)
+            tiles = take_tiles(cell_table(x), rows.tile, size + 2)
+        with region('slow path'):
+            tiles = F.conv2d(tiles, self.rpn_conv.weight, self.rpn_conv.bias)
+            kept = F.relu(tile_rows(tiles))
+            parts = (self.rpn_cls, self.rpn_reg)
+            kept = [linear(kept, part.weight.flatten(1), part.bias) for part in parts]
+        with region('scatter'):
+            # Of the convolution's dtype, which autocast may have chosen.
+            table = kept[0].new_zeros(batch * hw[0] * hw[1] + 2, anchors + outs)
+            table[:, :anchors] = -torch.inf
+            table.index_copy_(0, rows.inner, torch.cat(kept, dim=1))
         score, delta = table_map(table, batch, hw).split((anchors, outs), dim=1)
         return score, delta
 
     def _bbox_post_process(self, results: InstanceData, *args, **kwargs) -> InstanceData:
         """Leave out what dropped locations would propose, then go on as ``RPNHead``."""
         if self.is_sparse:
-            dropped = 1.001 * torch.sigmoid(torch.tensor(DROPPED_LOGIT)) if self.training else 0
-            results = results[results.scores > dropped]
+            scores = results.scores
+            # Float16 and bfloat16 round a score by up to 0.4%.
+            dropped = scores.new_tensor(DROPPED_LOGIT if self.training else -torch.inf).sigmoid()
+            results = results[~scores.isclose(dropped, rtol=5e-3, atol=0)]
         return super()._bbox_post_process(results, *args, **kwargs)

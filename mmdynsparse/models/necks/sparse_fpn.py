@@ -91,6 +91,11 @@ class SparseFPN(FPN):
         """
         if self.decider is None:
             return super().forward(inputs)
+        if len(inputs) != len(self.in_channels):
+            raise ValueError(
+                f'inputs must be one map for each of in_channels {self.in_channels}, '
+                f'got {len(inputs)} maps'
+            )
         maps = inputs[self.start_level : self.backbone_end_level]
         hw = tuple(maps[0].shape[2:])
         decision = self.decider.known(inputs, hw, self.cell_size)

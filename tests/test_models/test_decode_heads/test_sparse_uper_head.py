@@ -111,6 +111,16 @@ def test_everything_kept_in_cells_is_dense(monkeypatch):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_training_at_ratio_one_is_dense():
+    """While a schedule keeps everything, the logits are mmseg's, and the predictor learns."""
+    head = build(dict(keep_ratio=1.0, predictor=PREDICTOR), dropout_ratio=0).train()
+    dense = dense_of(head, dropout_ratio=0).train()
+    actual, expected = head(maps()), dense(maps())
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    actual.square().mean().backward()
+    assert any(p.grad.abs().sum() > 0 for p in head.decider.parameters())
+
+
 def test_resolution_is_exact_on_flat_maps():
     """Where the enlarged levels are constant, splitting the convolution changes the border only."""
     head = build({})
@@ -195,6 +205,18 @@ def test_statistics_are_those_of_the_fine_path(resolution):
     for name, buffer in dense.named_buffers():
         torch.testing.assert_close(head.get_buffer(name), buffer, msg=name)
         assert not torch.equal(buffer, before[name]), name
+
+
+def test_gradients_of_the_light_path():
+    """They are those of the statistics it was computed with, which the fine path then updates."""
+    grads = []
+    for momentum in (0.1, 0.0):  # with 0.0 nothing is updated
+        head = build(dict(keep_ratio=0.5)).train()
+        for norm in (m for m in head.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.momentum = momentum
+        head(maps()).square().mean().backward()
+        grads.append({name: p.grad for name, p in head.named_parameters()})
+    torch.testing.assert_close(grads[0], grads[1])
 
 
 def test_trains_with_the_entropy():

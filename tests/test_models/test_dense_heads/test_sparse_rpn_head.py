@@ -33,9 +33,13 @@ ARGUMENTS = dict(
 META = dict(img_shape=(128, 128), pad_shape=(128, 128), scale_factor=(1.0, 1.0))
 
 
-def maps():
+def maps(hw=(32, 32)):
+    """Maps of a neck; each level halves the size and rounds up."""
     torch.manual_seed(0)
-    return tuple(torch.randn(2, 16, 32 // 2**i, 32 // 2**i) for i in range(4))
+    sizes = [hw]
+    while len(sizes) < 4:
+        sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
+    return tuple(torch.randn(2, 16, *size) for size in sizes)
 
 
 def build(sparsity=None, kind='mmdynsparse.SparseRPNHead', **kwargs):
@@ -74,13 +78,19 @@ def close(actual, expected):
 
 @torch.no_grad()
 def test_dense():
-    """Without sparsity, a decision, or anything to drop the head is mmdet's."""
+    """Without sparsity, or anything to drop, the head is mmdet's."""
     head = build()
     close(head(features()), dense_of(head)(maps()))
     head = build({})
-    close(head(maps()), dense_of(head)(maps()))
+    close(head(features(ratio=1.0)), dense_of(head)(maps()))
     head = build(dict(keep_ratio=1.0))
     close(head(maps()), dense_of(head)(maps()))
+
+
+@pytest.mark.parametrize('x', [maps(), Features(maps(), features().decisions)])
+def test_features_without_a_decision_for_their_cells(x):
+    with pytest.raises(ValueError, match='SparseFPN'):
+        build({})(x)
 
 
 @torch.no_grad()
@@ -100,15 +110,52 @@ def test_decision_of_the_neck():
 
 
 @torch.no_grad()
-def test_decision_of_its_own():
+def test_nothing_kept():
+    """The two finest levels propose nothing at all."""
+    nothing = with_positions(Decision(torch.zeros(2, 16), torch.zeros(2, 16), (4, 4), 0.5))
+    gathered, masked = (
+        build({})(Features(maps(), [d], 8)) for d in (nothing, nothing._replace(kept=None))
+    )
+    close(gathered, masked)
+    assert all(score.eq(-torch.inf).all() for score in gathered[0][:2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('hw', [(32, 32), (27, 38)])
+def test_decision_of_its_own(hw):
     head = build(dict(keep_ratio=0.25, predictor=dict(type='mmdynsparse.CellPredictor')))
-    gathered = head(maps())
+    gathered = head(maps(hw))
     (decision,) = head.decider.decisions
-    assert decision.mask.sum(1).tolist() == [4, 4]
+    cells = decision.hw[0] * decision.hw[1]
+    assert decision.mask.sum(1).tolist() == [cells // 4] * 2
     head.decider.execution = 'masked'
-    close(gathered, head(maps()))
-    kept = gathered[0][0].isfinite().float().mean((1, 2, 3))
-    assert kept.tolist() == [0.25, 0.25]
+    close(gathered, head(maps(hw)))
+    if hw == (32, 32):  # no cell reaches beyond the map
+        assert gathered[0][0].isfinite().float().mean((1, 2, 3)).tolist() == [0.25, 0.25]
+
+
+@torch.no_grad()
+def test_mixed_precision():
+    """Under autocast all levels have one dtype, and both executions agree."""
+    head = build({})
+    with torch.autocast('cpu', torch.bfloat16):
+        gathered, masked = head(features()), head(features(gather=False))
+    assert {x.dtype for part in gathered + masked for x in part} == {torch.bfloat16}
+    for one, other in zip(gathered, masked, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+
+
+@torch.no_grad()
+def test_a_low_score_is_not_a_dropped_one():
+    """In training a proposal stays that is less certain than a dropped location's logit."""
+    head = build({}).train()
+    scores, deltas = head(features(ratio=1.0))
+    scores = [torch.full_like(score, -14.0) for score in scores]
+    for proposals in head.predict_by_feat(
+        scores, deltas, batch_img_metas=[META, META], cfg=head.test_cfg, rescale=False
+    ):
+        assert len(proposals) > 0
 
 
 @torch.no_grad()
@@ -118,7 +165,7 @@ def test_proposals(training):
     head = build({}).train(training)
     scores, deltas = head(features())
     for level in (2, 3):
-        scores[level] = torch.full_like(scores[level], -20 if training else -torch.inf)
+        scores[level] = torch.full_like(scores[level], -10 if training else -torch.inf)
     first, second = head.predict_by_feat(
         scores, deltas, batch_img_metas=[META, META], cfg=head.test_cfg, rescale=False
     )
