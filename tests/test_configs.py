@@ -327,7 +327,7 @@ def test_sparse_heads_differ_from_their_relative_in_neck_and_head(path):
     else:
         (relative,) = [item for item in PUBLISHED if item.name == relative and item != path]
         expected = Config.fromfile(relative)
-    if '-finetune-' in name and 'upernet' in name:
+    if '-finetune-' in name:
         expected.custom_hooks[1].logit_weight = 5.0
     parts = ('decode_head',) if 'upernet' in name else ('neck', 'rpn_head')
     sparsities = [cfg.model[part].pop('sparsity') for part in parts]
