@@ -1,8 +1,8 @@
-# The same with half of the cells of the FPN's and RPN's finest two levels. Logits weigh more in the
+# The same with 60% of the cells of the FPN's and RPN's finest two levels. Logits weigh more in the
 # distillation, because the RPN's are what changes most.
 _base_ = './study_mask-rcnn_swin-n.py'
 model = dict(
-    neck=dict(type='mmdynsparse.SparseFPN', sparsity=dict(keep_ratio=0.5)),
+    neck=dict(type='mmdynsparse.SparseFPN', sparsity=dict(keep_ratio=0.6)),
     rpn_head=dict(type='mmdynsparse.SparseRPNHead', sparsity=dict()),
 )
 custom_hooks = [
