@@ -81,7 +81,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for step in (dense, run):
         step.add_argument('config', type=Path, help='sparse config with the recipe')
         step.add_argument('--start', type=Path, required=True, help='checkpoint of a dense model')
-        step.add_argument('--iters', type=int, help="length; defaults to the config's")
+        step.add_argument(
+            '--iters',
+            type=int,
+            help="length; 0: evaluate as it is; defaults to the config's",
+        )
     dense.add_argument('--lr', type=float, required=True, help='highest learning rate')
     dense.add_argument('--prefix', help="load only these of the checkpoint's weights: 'backbone.'")
     run.add_argument('--seeds', type=int, nargs='+', default=[0], help='one training for each')
@@ -106,8 +110,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, path in files.items():
         if path is not None and not path.is_file():
             parser.error(f'{name} must be an existing file, got {path}')
-    if getattr(args, 'iters', None) is not None and args.iters < 1:
-        parser.error(f'--iters must be at least 1, got {args.iters}')
+    least = 1 if args.step == 'dense' else 0
+    if getattr(args, 'iters', None) is not None and args.iters < least:
+        parser.error(f'--iters must be at least {least}, got {args.iters}')
     return args
 
 
@@ -161,7 +166,7 @@ def run_variant(variant: Variant, args: argparse.Namespace, seed: int) -> dict:
     work_dir = args.out / f'{variant.key}_seed-{seed}'
     row = dict(variant=variant.name, ratio=variant.ratio, seed=seed, config=args.config.name)
     checkpoint = args.start
-    if variant.name != 'dense':
+    if variant.name != 'dense' and args.iters != 0:
         checkpoint = train(cfg, work_dir, args.iters, seed)
         row |= training_summary(work_dir)
     metrics = evaluate(cfg, checkpoint, work_dir)

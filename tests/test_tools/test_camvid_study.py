@@ -80,6 +80,12 @@ def test_runs_and_reports(study: ModuleType, config: Path, tmp_path: Path) -> No
         for ratios, time in (([], 80.0), ([0.7, 0.5], 40.0))
     ]
     (tmp_path / 'benchmark.json').write_text(json.dumps(dict(rows=costs)))
+    untrained = tmp_path / 'untrained'
+    arguments = [config, '--start', out / 'learned-0.7_seed-0/iter_2.pth', '--out', untrained]
+    arguments += ['--iters', 0, '--variants', 'learned-0.7']
+    study.main(['run', *map(str, arguments)])
+    row = json.loads((untrained / 'learned-0.7_seed-0.json').read_text())
+    assert row['metrics'] == learned['metrics'] and 'iters' not in row
     folder = tmp_path / 'report'
     study.main(
         ['report', '--out', str(folder), '--study', str(out), str(tmp_path / 'benchmark.json')]
@@ -96,7 +102,8 @@ def test_runs_and_reports(study: ModuleType, config: Path, tmp_path: Path) -> No
 def test_bad_input(study: ModuleType, config: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments in (
         ['run', config, '--start', 'nowhere.pth', '--out', 'out'],
-        ['run', config, '--start', config, '--out', 'out', '--iters', 0],
+        ['run', config, '--start', config, '--out', 'out', '--iters', -1],
+        ['dense', config, '--start', config, '--out', 'out', '--lr', 1e-3, '--iters', 0],
         ['report', '--out', 'out', '--study', 'runs', 'nowhere.json'],
     ):
         with pytest.raises(SystemExit):
@@ -106,5 +113,6 @@ def test_bad_input(study: ModuleType, config: Path, capsys: pytest.CaptureFixtur
         study.main([str(argument) for argument in unknown])
     errors = capsys.readouterr().err
     assert 'start must be an existing file, got nowhere.pth' in errors
+    assert '--iters must be at least 0, got -1' in errors
     assert '--iters must be at least 1, got 0' in errors
     assert 'benchmark of runs must be an existing file, got nowhere.json' in errors

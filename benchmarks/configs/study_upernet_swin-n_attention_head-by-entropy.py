@@ -1,0 +1,4 @@
+# The same with a sparse head: by level, and in the 30% of the cells where the coarse prediction is
+# least certain. It needs no training: --start a checkpoint fine-tuned without it.
+_base_ = './study_upernet_swin-n_attention.py'
+model = dict(decode_head=dict(type='mmdynsparse.SparseUPerHead', sparsity=dict(keep_ratio=0.3)))
