@@ -124,7 +124,7 @@ class Decider(nn.Module):
     def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
         """Decide for cells.
 
-        A predictor in training mode samples, and so do scores through which one learns, then
+        A predictor in training mode samples; its gradient ends at the features. So do scores through which one learns, then
         exactly the keep ratio, because that predictor may have another. All else selects.
 
         Args:
@@ -179,7 +179,7 @@ class Decider(nn.Module):
         (ratio,) = self.keep_ratios
         if self.predictor is not None and self.predictor.training:
             self._warn_without_loss(ratio)
-            scores = self.predictor(x_BNC)
+            scores = self.predictor(x_BNC.detach())
             return sample_decision(scores, hw, ratio, self.temperature, self.selector)
         if ratio >= 1 or x_BNC.shape[-1] == 0:
             return keep_all(x_BNC, hw)

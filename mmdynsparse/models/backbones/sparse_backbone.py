@@ -148,7 +148,8 @@ class SparseBackbone(BaseModule):
         """Make the next decision, over the cells of a map, and keep it in ``decisions``.
 
         A predictor in training mode samples, one in eval mode (a frozen stage too) selects. Without
-        one it is the mode of the stage that counts. Arguments are those of ``decide``.
+        one it is the mode of the stage that counts. What the predictors learn does not change the
+        features they look at: gradients end there. Arguments are those of ``decide``.
         """
         hw, size = tuple(x_BCHW.shape[2:]), self.cell_size(stage)
         grid = cell_grid(hw, size)
@@ -161,7 +162,7 @@ class SparseBackbone(BaseModule):
                 if predictor is None:
                     log_probs = resize_scores(last.scores, last.hw, hw, size)
                 else:
-                    log_probs = predictor(cell_means(x_BCHW, size))
+                    log_probs = predictor(cell_means(x_BCHW.detach(), size))
             if training:
                 decision = sample_decision(log_probs, grid, ratio, self.temperature, selector)
             else:

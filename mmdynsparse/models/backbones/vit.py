@@ -338,11 +338,12 @@ class SparseVisionTransformer(SparseBackbone):
     ) -> Tensor:
         """Return log-probabilities (B, N, 2); dropped tokens may be left at -inf."""
         first = int(self.with_cls_token)
+        tokens_BNC = whole_BTC[:, first:].detach()
         if among_BN is None or subset is None:
-            return predictor(whole_BTC[:, first:], among_BN)
+            return predictor(tokens_BNC, among_BN)
         valid = None if subset.valid is None else subset.valid[:, first:]
         subset = TokenSubset(subset.positions[:, first:] - first, valid)
-        log_probs = predictor(take_tokens(whole_BTC[:, first:], subset), valid)
+        log_probs = predictor(take_tokens(tokens_BNC, subset), valid)
         out = log_probs.new_full((*among_BN.shape, 2), -torch.inf)
         return put_tokens(out, log_probs, subset)
 

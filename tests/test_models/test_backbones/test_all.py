@@ -193,6 +193,14 @@ def test_every_parameter_gets_a_gradient(build, keep_ratio, with_cp):
         assert [name for name, grad in grads.items() if grad.abs().max() == 0] == []
 
 
+def test_gradients_of_predictors_end_at_the_features(build):
+    model = build().train()
+    model(torch.randn(2, 3, 96, 96))
+    sum(decision.mask.sum() for decision in model.decisions).backward()
+    learning = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert learning and all('predictors.' in name for name in learning)
+
+
 def test_checkpointing_changes_nothing(build):
     grads = []
     for with_cp in (False, True):
