@@ -124,8 +124,9 @@ class Decider(nn.Module):
     def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
         """Decide for cells.
 
-        A predictor in training mode samples; its gradient ends at the features. So do scores through which one learns, then
-        exactly the keep ratio, because that predictor may have another. All else selects.
+        A predictor in training mode samples, and its gradient ends at the features. So do scores
+        through which one learns, then exactly the keep ratio, because that predictor may have
+        another. All else selects.
 
         Args:
             x_BNC: Features of the cells, or without a predictor their log-probabilities
