@@ -16,7 +16,7 @@ class Taps:
 
     Attributes:
         recording: Whether calls are recorded.
-        calls: The last recorded call of each module: its arguments and its output.
+        calls: The recorded calls of each module, in order: their arguments and outputs.
 
     Args:
         model: The model.
@@ -28,7 +28,7 @@ class Taps:
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.recording = False
-        self.calls: dict[str, tuple[tuple, object]] = {}
+        self.calls: dict[str, list[tuple[tuple, object]]] = {}
         self._replaced: list[tuple[nn.Module, object]] = []
         for name in names:
             self._tap(name, find_module(model, name))
@@ -40,13 +40,13 @@ class Taps:
         def tapped(*args, **kwargs):
             out = forward(*args, **kwargs)
             if self.recording:
-                self.calls[name] = (args, out)
+                self.calls.setdefault(name, []).append((args, out))
             return out
 
         self._replaced.append((module, module.__dict__.get('forward')))
         module.forward = tapped
 
-    def pop(self) -> dict[str, tuple[tuple, object]]:
+    def pop(self) -> dict[str, list[tuple[tuple, object]]]:
         """Stop recording and return what was recorded."""
         self.recording = False
         calls, self.calls = self.calls, {}
@@ -106,35 +106,51 @@ def is_single(model: nn.Module, name: str) -> bool:
 
 
 def feature_loss(
-    name: str, student: object, teacher: object, samples: Sequence, image_hw: tuple[int, int]
+    name: str,
+    student: object,
+    teacher: object,
+    images: Tensor,
+    samples: Sequence,
+    rois: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error between the maps that a module of both models returns.
 
-    Padding of the images is left out. Several maps count alike.
+    Padding of the images is left out. Several maps, and those of several calls, count alike.
 
     Args:
         name: Of the module, for the message.
         student: A tensor or nested sequences of tensors; of 4-D ones (B, C, H, W) the padding is
             known.
         teacher: The same of the teacher.
+        images: The padded images (B, 3, H, W).
         samples: Data samples of the batch, whose ``img_shape`` is the size without padding.
-        image_hw: Height and width of the padded images, in px.
+        rois: For a module that looks at regions, which returns tensors (R, ...), the regions
+            (R, 5) with the index of the image in front. Defaults to None, a module that looks at
+            images.
 
     Raises:
-        ValueError: If number or shape of the maps differ.
+        ValueError: If number or shape of the maps differ, or they are not one for each region.
     """
     students, teachers = list(_tensors(student)), list(_tensors(teacher))
     shapes, expected = ([tuple(x.shape[1:]) for x in maps] for maps in (students, teachers))
     if shapes != expected or not shapes:
         raise ValueError(
-            f"features need maps of the same width and stride, got of '{name}' (without the batch) "
-            f'{shapes} in the student and {expected} in the teacher'
+            f"features need as many maps, of the same width and stride, got of '{name}' (without "
+            f'the batch) {shapes} in the student and {expected} in the teacher'
         )
     errors = []
     for s, t in zip(students, teachers, strict=True):
         error = (s.float() - t.float()).square()
-        if s.ndim == 4:
-            inside = content_mask(samples, s.shape, image_hw, s.device)
+        if rois is not None:
+            if len(s) != len(rois):
+                raise ValueError(
+                    f'features in roi_head need one map for each of {len(rois)} regions, got '
+                    f"{len(s)} of '{name}'"
+                )
+            error_R = error.flatten(1).mean(1)
+            errors.append(mean_over_rois(error_R, rois[:, 0].long(), len(images)))
+        elif s.ndim == 4:
+            inside = content_mask(samples, s.shape, tuple(images.shape[-2:]), s.device)
             errors.append(mean_over_images(error.mean(1), inside))
         else:
             errors.append(error.mean())

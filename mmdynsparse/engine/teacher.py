@@ -11,11 +11,11 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..utils.input_checks import check_checkpoint, check_weights
+from ..utils.input_checks import check_checkpoint, check_weights, is_new, read_checkpoint
 from .parameters import bare_model
 
 COPY_NAME = 'distillation_teacher.pth'
@@ -41,26 +41,34 @@ def load_teacher(config: str | Mapping, checkpoint: str) -> tuple[nn.Module, Seq
     model_cfg = deepcopy(cfg.model)
     if cfg.get('default_scope'):
         model_cfg.setdefault('_scope_', cfg.default_scope)
-    # An address is not looked at by the check, but fetched here.
-    loaded = check_checkpoint('teacher.checkpoint', checkpoint)
-    loaded = loaded or CheckpointLoader.load_checkpoint(checkpoint, 'cpu', logger=None)
+    loaded = read_checkpoint('teacher.checkpoint', checkpoint)
     # The student starts from the same random weights with and without a teacher.
     with torch.random.fork_rng(devices=[]):
         model = MODELS.build(model_cfg)
-    _keep_everything(model)
+    keep_everything(model)
     check_weights(model, loaded.get('state_dict', loaded), checkpoint)
-    meta = loaded.get('meta', {}).get('dataset_meta') or {}
-    return model, meta.get('classes')
+    meta = loaded.get('meta', {})
+    meta = meta | (meta.get('dataset_meta') or {})
+    return model, meta.get('classes', meta.get('CLASSES'))  # the latter of older versions
 
 
-def copy_student(runner: Runner) -> nn.Module:
+def copy_student(
+    runner: Runner, names: Sequence[str], loaded: Mapping[str, torch.Size | None] | None
+) -> nn.Module:
     """Return a dense copy of the model as it was when its training began.
 
     The weights are written to ``distillation_teacher.pth`` in the work dir, from where a resumed
     training reads them.
 
+    Args:
+        runner: The runner of the training.
+        names: Names of the modules whose outputs are compared.
+        loaded: Shapes of the tensors in the checkpoint from which the training starts, None
+            without a checkpoint.
+
     Raises:
-        ValueError: If the model is sharded, or a training is resumed without that file.
+        ValueError: If the model is sharded, the checkpoint lacks weights of those modules, or a
+            training is resumed without that file.
     """
     if isinstance(runner.model, FullyShardedDataParallel):
         raise ValueError("teacher 'self' cannot be copied from a sharded model: name a checkpoint")
@@ -70,7 +78,7 @@ def copy_student(runner: Runner) -> nn.Module:
     teacher = deepcopy(student, {id(h): OrderedDict() for h in hooks})
     for module in teacher.modules():
         module.__dict__.pop('forward', None)  # replaced on the student, and bound to it
-    _keep_everything(teacher)
+    keep_everything(teacher)
     path = osp.join(runner.work_dir, COPY_NAME)
     if runner.iter > 0:
         if not osp.isfile(path):
@@ -80,7 +88,9 @@ def copy_student(runner: Runner) -> nn.Module:
             )
         check_weights(teacher, check_checkpoint(COPY_NAME, path), path)
         return teacher
-    if not runner._has_loaded:
+    if loaded is not None:
+        _check_loaded(student, names, loaded)
+    else:
         print_log(
             "teacher 'self' is a copy of the model at the start, for which no checkpoint was "
             'loaded (load_from): it teaches what random weights say.',
@@ -133,10 +143,30 @@ def check_teacher(
         )
 
 
-def _keep_everything(model: nn.Module) -> None:
+def keep_everything(model: nn.Module) -> None:
+    """Set all keep ratios of a model to 1."""
     for module in model.modules():
         if getattr(module, 'keep_ratios', None):
             module.keep_ratios = [1.0] * len(module.keep_ratios)
+
+
+def _check_loaded(
+    student: nn.Module, names: Sequence[str], loaded: Mapping[str, torch.Size | None]
+) -> None:
+    """Check that what a copy of the student teaches was in the checkpoint."""
+    for name in names:
+        if name.split('.')[0] == 'backbone':  # SparsityHook has looked at it
+            continue
+        state = student.get_submodule(name).state_dict(prefix=f'{name}.')
+        state = {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')}
+        unfit = [k for k, v in state.items() if not is_new(k) and loaded.get(k) != v.shape]
+        if unfit:
+            raise ValueError(
+                f"teacher 'self' needs all weights of {name} in the checkpoint (load_from), got "
+                f'{len(unfit)} of {len(state)} missing or of another shape, such as {unfit[0]}: '
+                'name a trained teacher, dict(config=..., checkpoint=...), or do not compare '
+                f'{name} (logit_weight=0, or features without it)'
+            )
 
 
 def _preprocessing(model: nn.Module) -> tuple:

@@ -4,10 +4,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import torch.nn.functional as F
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from .input_checks import check_checkpoint
+from .input_checks import read_checkpoint
 from .layouts import LAYOUTS, SOURCES, StateDict
 
 
@@ -57,9 +56,7 @@ def load_pretrained(
     Raises:
         ValueError: If the file is missing or unreadable, or lacks or has keys it should not.
     """
-    checkpoint = check_checkpoint('init_cfg.checkpoint', filename)
-    # An address is not looked at by the check, but fetched here.
-    checkpoint = checkpoint or CheckpointLoader.load_checkpoint(filename, 'cpu', logger=None)
+    checkpoint = read_checkpoint('init_cfg.checkpoint', filename)
     keys = backbone.load_state_dict(convert_checkpoint(checkpoint, source), strict=False)
     missing = [k for k in keys.missing_keys if not optional(k)]
     if missing or keys.unexpected_keys:

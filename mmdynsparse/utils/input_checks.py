@@ -16,6 +16,11 @@ from torch import Tensor, nn
 
 # Parts of the names of parameters that no dense checkpoint has.
 NEW_PARTS = ('.predictors.', '.predictor.', '.fast_path.')
+# Tensors of a backbone that do not make it another one: output norms, which depend on
+# ``out_indices``, classifiers, and what follows from the window size.
+OPTIONAL = re.compile(
+    r'^(norm\d|fc|head)\.|(relative_position_index|attn_mask|num_batches_tracked)$'
+)
 INIT_CFG = re.compile(r'\.init_cfg(\[\d+\])?$')
 
 
@@ -193,27 +198,32 @@ def check_not_empty(runner: Runner, split: str) -> None:
 
 
 def check_backbone(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Checks that weights which training starts from are of the same backbone.
+    """Loads the backbone's weights that training starts from and refuses those of another one.
 
-    Heads may differ, as those for other classes do.
+    Heads may differ, as those for other classes do, and so may the backbone's predictors, fast
+    paths and output norms.
 
     Args:
         model: The bare model.
         weights: State dict, possibly of a model that was wrapped for distributed training.
 
     Raises:
-        ValueError: If less than half of the backbone's tensors, without predictors and fast paths,
-            are there in the same shape.
+        ValueError: If other tensors of the backbone are missing, left over or of another shape.
     """
-    # What is no state dict, as {'model': ...}, holds values without a shape.
-    found = {k.removeprefix('module.'): getattr(v, 'shape', None) for k, v in weights.items()}
-    ours = {f'backbone.{key}': value.shape for key, value in model.backbone.state_dict().items()}
-    ours = {key: shape for key, shape in ours.items() if not is_new(key)}
-    fitting = sum(found.get(key) == shape for key, shape in ours.items())
-    if 2 * fitting < len(ours):
+
+    def matters(key: str) -> bool:
+        return not is_new(key) and not OPTIONAL.search(key)
+
+    pairs = ((key.removeprefix('module.'), value) for key, value in weights.items())
+    theirs = {k.removeprefix('backbone.'): v for k, v in pairs if k.startswith('backbone.')}
+    theirs = {key: value for key, value in theirs.items() if matters(key)}
+    # By loading, because some backbones fit tensors of another window or image size.
+    faults = _load_weights(model.backbone, theirs)
+    faults = [[f'backbone.{key}' for key in keys if matters(key)] for keys in faults]
+    if any(faults):
         raise ValueError(
             f"load_from must hold the weights of the model's {type(model.backbone).__name__}, "
-            f'{len(ours)} tensors such as {next(iter(ours))}, got {fitting} of them'
+            f'got {_describe(*faults)}'
         )
 
 
@@ -235,33 +245,38 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) ->
     metadata = getattr(weights, '_metadata', {})
     weights = OrderedDict((key.removeprefix('module.'), value) for key, value in weights.items())
     weights._metadata = metadata  # layers read their version from it to migrate old keys
-    reshaped = []
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        # torch raises for shapes even with strict=False, after it has looked at every key.
-        missing, unexpected = [], []
-        reshaped = re.findall(r'size mismatch for (\S+): ', str(error))
-        if not reshaped:
-            raise
+    missing, unexpected, reshaped = _load_weights(model, weights)
     missing = [key for key in missing if not key.endswith('num_batches_tracked')]
     if _runs_dense(model):
         missing, unexpected = (
             [key for key in keys if not is_new(key)] for keys in (missing, unexpected)
         )
-    faults = [
+    if missing or unexpected or reshaped:
+        faults = _describe(missing, unexpected, reshaped)
+        raise ValueError(f"checkpoint must fit the config's model, got {path!r} with {faults}")
+
+
+def _load_weights(
+    module: nn.Module, weights: Mapping[str, Tensor]
+) -> tuple[list[str], list[str], list[str]]:
+    """Load weights; return the keys that are missing, unexpected and of another shape."""
+    try:
+        return *module.load_state_dict(weights, strict=False), []
+    except RuntimeError as error:
+        # torch raises for shapes even with strict=False, after it has looked at every key.
+        reshaped = re.findall(r'size mismatch for (\S+): ', str(error))
+        if not reshaped:
+            raise
+        return [], [], reshaped
+
+
+def _describe(missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
+    kinds = ('missing keys', 'unexpected keys', 'keys of another shape')
+    return ', '.join(
         f'{len(keys)} {kind} ({", ".join(keys[:4])}{", ..." if len(keys) > 4 else ""})'
-        for keys, kind in (
-            (missing, 'missing keys'),
-            (unexpected, 'unexpected keys'),
-            (reshaped, 'keys of another shape'),
-        )
+        for keys, kind in zip((missing, unexpected, reshaped), kinds, strict=True)
         if keys
-    ]
-    if faults:
-        raise ValueError(
-            f"checkpoint must fit the config's model, got {path!r} with {', '.join(faults)}"
-        )
+    )
 
 
 def _runs_dense(model: nn.Module) -> bool:

@@ -83,24 +83,43 @@ def test_means_do_not_depend_on_how_a_batch_is_split():
 
 def test_feature_loss():
     s, t = torch.randn(2, 2, 3, 4, 4)
+    images = torch.zeros(2, 3, 16, 16)
     whole = [Sample((16, 16)), Sample((16, 16))]
-    one = feature_loss('neck', s, t, whole, (16, 16))
+    one = feature_loss('neck', s, t, images, whole)
     torch.testing.assert_close(one, (s - t).square().mean())
     tokens = torch.zeros(2, 5, 6), torch.ones(2, 5, 6)
-    two = feature_loss('neck', [s, (tokens[0],)], (t, tokens[1]), whole, (16, 16))
+    two = feature_loss('neck', [s, (tokens[0],)], (t, tokens[1]), images, whole)
     torch.testing.assert_close(two, (one + 1) / 2)
     s[1, :, 2:] = 100
     half = [Sample((16, 16)), Sample((8, 16))]
     torch.testing.assert_close(
-        feature_loss('neck', s, t, half, (16, 16)),
+        feature_loss('neck', s, t, images, half),
         ((s - t)[0].square().mean() + (s - t)[1, :, :2].square().mean()) / 2,
     )
+
+
+@pytest.mark.parametrize('shape', [(4, 3, 7, 7), (4, 6)])
+def test_features_of_regions(shape):
+    """Every image counts alike, whatever its size and number of regions; nothing is padding."""
+    s, t = torch.randn(2, *shape)
+    rois = torch.zeros(4, 5)
+    rois[3, 0] = 1
+    images, samples = torch.zeros(2, 3, 16, 16), [Sample((16, 16)), Sample((4, 16))]
+    error = (s - t).square()
+    torch.testing.assert_close(
+        feature_loss('roi_head.bbox_roi_extractor', s, t, images, samples, rois),
+        (error[:3].mean() + error[3].mean()) / 2,
+    )
+    with pytest.raises(ValueError, match=r"one map for each of 4 regions, got 3 of 'roi_head.x'"):
+        feature_loss('roi_head.x', s[:3], t[:3], images, samples, rois)
 
 
 @pytest.mark.parametrize('shape', [(1, 4, 8, 8), (1, 3, 4, 4)])
 def test_maps_of_another_width_or_stride_are_refused(shape):
     with pytest.raises(ValueError, match=r"same width and stride.*'neck'.*\(3, 8, 8\)"):
-        feature_loss('neck', torch.zeros(1, 3, 8, 8), torch.zeros(shape), (), (32, 32))
+        feature_loss(
+            'neck', torch.zeros(1, 3, 8, 8), torch.zeros(shape), torch.zeros(1, 3, 32, 32), ()
+        )
 
 
 class Net(nn.Module):
@@ -122,11 +141,20 @@ def test_taps_record_and_leave_no_trace():
     taps.recording = True
     run_parts(net, images)
     calls = taps.pop()
-    assert calls['backbone'][0][0] is images
-    torch.testing.assert_close(calls['decode_head'][1], net.decode_head(calls['backbone'][1]))
+    (((image,), maps),) = calls['backbone']
+    assert image is images
+    torch.testing.assert_close(calls['decode_head'][0][1], net.decode_head(maps))
     assert not taps.calls and not taps.recording
     taps.close()
     assert before.keys() == net.backbone.__dict__.keys()
+
+
+def test_taps_record_every_call():
+    net = Net()
+    taps = Taps(net, ['backbone'])
+    taps.recording = True
+    outs = [net.backbone(torch.randn(1, 3, size, size)) for size in (4, 2)]
+    assert all(call[1] is out for call, out in zip(taps.pop()['backbone'], outs, strict=True))
 
 
 def test_taps_on_a_module_that_does_not_exist():

@@ -19,7 +19,7 @@ from mmdynsparse.ops import select
 HOOKS = [
     dict(type='mmdynsparse.SparsityHook'),
     dict(type='mmdynsparse.DistillationHook'),
-    dict(type='mmdynsparse.KeepRatioSchedule', end=2),
+    dict(type='mmdynsparse.KeepRatioSchedule', begin=1, end=2),
     dict(type='mmdynsparse.TemperatureSchedule', start=2.0, stop=1.0, end=2),
     dict(type='mmdynsparse.FreezePretrained', iters=1),
 ]

@@ -230,7 +230,7 @@ def test_weights_of_another_model(
 
 DENSE = 'model["backbone"] = dict(model["backbone"], type="SwinTransformer")\n'
 DENSE += 'model["backbone"].pop("sparsity")\n'
-LATE = 'custom_hooks.append(dict(type="mmdynsparse.KeepRatioSchedule", end=100))\n'
+LATE = 'custom_hooks.append(dict(type="mmdynsparse.KeepRatioSchedule", begin=1, end=100))\n'
 REFUSED = {
     'dense model': (DENSE, 'SparsityHook needs a model with a sparse part'),
     'schedule': (LATE, "end of KeepRatioSchedule must be at most the training's 4 iterations"),

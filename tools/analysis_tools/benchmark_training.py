@@ -46,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             weights=args.checkpoint or 'random',
             batch=size,
             iteration='preprocessing, losses, backward pass',
+            teacher="forward pass of teacher='self', up to the logits; dense forward: of another",
             rounds=f'{args.rounds} after {args.warmup} for warming up',
         )
         print_setting(setting)
         rows = compare_training(pair, batch, args.rounds, args.warmup)
-    header = ('model', 'median ms', 'p10', 'p90', 'ratio to dense')
+    header = ('pass', 'median ms', 'p10', 'p90', 'ratio to dense')
     keys = ('median', 'p10', 'p90', 'ratio')
     cells = [(row['model'], *(f'{row[key]:.2f}' for key in keys)) for row in rows]
     print_table('training iteration', header, cells)

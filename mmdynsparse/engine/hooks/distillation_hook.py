@@ -16,6 +16,7 @@ from ..teacher import check_teacher, copy_student, load_teacher
 
 SEGMENTOR = 'decode_head'
 RPN, ROI, ROI_INPUT = 'rpn_head', 'roi_head.bbox_head', 'roi_head.bbox_roi_extractor'
+ROI_PARTS = 'roi_head.'
 LOSS_NAMES = {SEGMENTOR: 'logits', RPN: 'rpn', ROI: 'roi'}
 # Side of the image, in px, on which both models are compared before training.
 PROBE = 128
@@ -43,11 +44,13 @@ class DistillationHook(Hook):
             pixels are left out. Defaults to 0.5, the published one.
         temperature: Divides the logits, > 0; the loss is multiplied by its square. Defaults to 1.
         features: Weight, >= 0, of the mean squared error of the maps of modules by name, such as
-            'backbone', 'neck' or 'decode_head.bottleneck'. Defaults to None, dict(backbone=0.5).
+            'backbone', 'neck', 'decode_head.bottleneck' or 'roi_head.bbox_roi_extractor'. Defaults
+            to None, dict(backbone=0.5).
 
     Raises:
-        ValueError: If an argument is outside its range, or, before the first iteration, teacher
-            and student do not fit each other or a module does not exist or does not run.
+        ValueError: If an argument is outside its range or all weights are 0, or, before the first
+            iteration, teacher and student do not fit each other, a module does not exist or does
+            not run, or the checkpoint lacks what 'self' is to teach.
     """
 
     def __init__(
@@ -63,17 +66,33 @@ class DistillationHook(Hook):
             raise ValueError(
                 f"teacher must be 'self' or dict(config=..., checkpoint=...), got {teacher!r}"
             )
-        self.features = dict(backbone=0.5) if features is None else dict(features)
-        weights = {f'features[{name!r}]': weight for name, weight in self.features.items()}
+        features = dict(backbone=0.5) if features is None else dict(features)
+        weights = {f'features[{name!r}]': weight for name, weight in features.items()}
         for name, weight in {'logit_weight': logit_weight, **weights}.items():
             if not weight >= 0:
                 raise ValueError(f'{name} must be at least 0, got {weight!r}')
+        if not any((logit_weight, *features.values())):
+            raise ValueError(
+                'logit_weight or a weight in features must be above 0, got '
+                f'{logit_weight!r} and {features}; leave DistillationHook out to train '
+                'without a teacher'
+            )
         if not temperature > 0:
             raise ValueError(f'temperature must be above 0, got {temperature!r}')
         self.teacher = teacher
+        self.features = {name: weight for name, weight in features.items() if weight}
         self.logit_weight = logit_weight
         self.temperature = temperature
-        self._teacher = None
+        self._student = self._teacher = self._loaded = None
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note what the checkpoint holds."""
+        weights = checkpoint.get('state_dict', checkpoint)
+        # What is no state dict holds values without a shape.
+        self._loaded = {
+            name.removeprefix('module.'): getattr(value, 'shape', None)
+            for name, value in weights.items()
+        }
 
     def before_train(self, runner: Runner) -> None:
         """Make the teacher, compare it with the student and add the losses."""
@@ -81,15 +100,17 @@ class DistillationHook(Hook):
         heads = logit_heads(student) if self.logit_weight else []
         for name in self.features:
             ops.find_module(student, name)
-        teacher, classes = self._make_teacher(runner)
+        names = {*heads, *self.features}
+        teacher, classes = self._make_teacher(runner, sorted(names))
         for name in (*heads, *self.features):
             ops.find_module(teacher, name)
         ours = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
         check_teacher(student, teacher, heads, (ours, classes))
-        self._teacher = teacher.to(next(student.parameters()).device).requires_grad_(False)
+        self._student, self._teacher = student, teacher.requires_grad_(False)
         self._teacher.eval()  # mmseg's VisionTransformer does not return itself
         self._heads = heads
-        names = {*heads, *self.features} | ({ROI_INPUT} if ROI in heads else set())
+        self._needs_rois = is_two_stage(student) and any(n.startswith(ROI_PARTS) for n in names)
+        names |= {ROI_INPUT} if self._needs_rois else set()
         self._taps = [ops.Taps(model, sorted(names)) for model in (student, teacher)]
         # Parts of a sharded model do not run on their own: the first batch compares those.
         if not isinstance(runner.model, FullyShardedDataParallel):
@@ -113,11 +134,13 @@ class DistillationHook(Hook):
             handle.remove()
         for taps in self._taps:
             taps.close()
-        self._teacher = None
+        self._student = self._teacher = None
 
-    def _make_teacher(self, runner: Runner) -> tuple[nn.Module, Sequence[str] | None]:
+    def _make_teacher(
+        self, runner: Runner, names: Sequence[str]
+    ) -> tuple[nn.Module, Sequence[str] | None]:
         if self.teacher == 'self':
-            return copy_student(runner), None
+            return copy_student(runner, names, self._loaded), None
         return load_teacher(**self.teacher)
 
     def _probe(self, student: nn.Module) -> None:
@@ -125,7 +148,7 @@ class DistillationHook(Hook):
         mean = getattr(student.data_preprocessor, 'mean', None)
         channels = 3 if mean is None else len(mean)
         image = next(student.parameters()).new_zeros(1, channels, PROBE, PROBE)
-        rois = image.new_tensor([[0, 0, 0, PROBE / 2, PROBE / 2]]) if ROI in self._heads else None
+        rois = image.new_tensor([[0, 0, 0, PROBE / 2, PROBE / 2]]) if self._needs_rois else None
         training = student.training
         student.eval()
         self._taps[0].recording = True
@@ -135,6 +158,7 @@ class DistillationHook(Hook):
         student.train(training)
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._taps[0].pop()  # what a forward that failed has left
         self._taps[0].recording = kwargs.get('mode') == 'loss'
 
     def _add_losses(
@@ -148,14 +172,14 @@ class DistillationHook(Hook):
 
     def _losses(self, student: dict, images: Tensor, samples: Sequence) -> dict[str, Tensor]:
         """Losses for what the student's taps recorded of a batch."""
-        rois = student[ROI_INPUT][0][1] if ROI in self._heads else None
-        self._taps[1].recording = True
-        with torch.no_grad():
-            ops.run_parts(self._teacher, images, rois)
-        teacher = self._taps[1].pop()
+        rois = None
+        if self._needs_rois:
+            args, _ = student[ROI_INPUT][0]
+            rois = args[1]
+        teacher = self._run_teacher(images, rois)
         losses = {}
         for head in self._heads:
-            outs = [calls[head][1] for calls in (student, teacher)]
+            outs = [calls[head][-1][1] for calls in (student, teacher)]
             value = self._logit_loss(head, *outs, images, samples, rois)
             losses[loss_name(LOSS_NAMES[head])] = self.logit_weight * value
         for name, weight in self.features.items():
@@ -164,10 +188,26 @@ class DistillationHook(Hook):
                     'features must name modules that run up to the logits (backbone, neck, '
                     f"decode_head or rpn_head and roi_head.bbox_head), got '{name}'"
                 )
-            outs = [calls[name][1] for calls in (student, teacher)]
-            value = ops.feature_loss(name, *outs, samples, tuple(images.shape[-2:]))
+            outs = [[out for _, out in calls[name]] for calls in (student, teacher)]
+            regions = rois if name.startswith(ROI_PARTS) else None
+            value = ops.feature_loss(name, *outs, images, samples, regions)
             losses[loss_name(name)] = weight * value
         return losses
+
+    def _run_teacher(self, images: Tensor, rois: Tensor | None) -> dict:
+        """Return what the teacher's taps record of a batch."""
+        weight = next(self._teacher.parameters())
+        if weight.device != images.device:
+            # Not of the student's parameters, which sharding may keep elsewhere.
+            self._teacher.to(images.device)
+        if not torch.is_autocast_enabled(images.device.type):
+            # The mixed precision of a sharded student has cast its inputs.
+            images = images.to(weight.dtype)
+            rois = None if rois is None else rois.to(weight.dtype)
+        self._taps[1].recording = True
+        with torch.no_grad():
+            ops.run_parts(self._teacher, images, rois)
+        return self._taps[1].pop()
 
     def _logit_loss(
         self,
@@ -178,7 +218,7 @@ class DistillationHook(Hook):
         samples: Sequence,
         rois: Tensor | None,
     ) -> Tensor:
-        module = self._teacher.get_submodule(head)
+        module = self._student.get_submodule(head)
         if head == SEGMENTOR:
             if not isinstance(student, Tensor):
                 raise ValueError(
@@ -232,13 +272,18 @@ def logit_heads(model: nn.Module) -> list[str]:
     """
     if ops.is_single(model, SEGMENTOR) and not _has_queries(model.decode_head):
         return [SEGMENTOR]
-    if ops.is_single(model, RPN) and ops.is_single(getattr(model, 'roi_head', None), 'bbox_head'):
+    if ops.is_single(model, RPN) and is_two_stage(model):
         return [RPN, ROI]
     raise ValueError(
         'logit_weight needs a segmentor with one decode_head that returns a map of logits, or a '
         'detector with an rpn_head and one roi_head.bbox_head (set it to 0 elsewhere), '
         f'got {type(model).__name__}'
     )
+
+
+def is_two_stage(model: nn.Module) -> bool:
+    """Return whether a model has a second stage with one head for the boxes."""
+    return ops.is_single(getattr(model, 'roi_head', None), 'bbox_head')
 
 
 def _has_queries(head: nn.Module) -> bool:

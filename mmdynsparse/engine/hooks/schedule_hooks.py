@@ -23,6 +23,7 @@ class _Ramp(Hook):
             raise ValueError(f'begin and end must be 0 <= begin < end, got {begin} and {end}')
         self.begin = begin
         self.end = end
+        self._parts = []
 
     def before_train(self, runner: Runner) -> None:
         """Find the sparse parts of the model."""
@@ -42,19 +43,26 @@ class KeepRatioSchedule(_Ramp):
     """Lower the keep ratios linearly from 1 to the model's own.
 
     Up to ``begin`` the model computes what the dense one does, and ``SparsityHook`` teaches the
-    predictors to keep. Validation uses the ratios of its iteration.
+    predictors to keep: below 1 it is they who say how much is kept, and untrained ones keep half.
+    Validation uses the model's own ratios, so that checkpoints can be compared.
 
     Args:
+        begin: Iteration up to which everything is kept, > 0.
         end: Iteration from which the ratios are those of the model.
-        begin: Iteration up to which everything is kept. Defaults to 0.
 
     Raises:
-        ValueError: If not 0 <= ``begin`` < ``end``, or, before the first iteration, the training
+        ValueError: If not 0 < ``begin`` < ``end``, or, before the first iteration, the training
             ends before ``end`` or the model has no sparse part.
     """
 
-    def __init__(self, end: int, begin: int = 0) -> None:
+    def __init__(self, begin: int, end: int) -> None:
         super().__init__(begin, end)
+        if begin == 0:
+            raise ValueError(
+                'begin of KeepRatioSchedule must be above 0, because predictors must learn to keep '
+                'everything before the ratio falls, got 0'
+            )
+        self._targets = []
 
     def before_train(self, runner: Runner) -> None:
         """Remember the model's own ratios."""
@@ -64,6 +72,10 @@ class KeepRatioSchedule(_Ramp):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Set the ratios of this iteration."""
         self._set(self._progress(runner))
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Set the model's own ratios up to the next iteration."""
+        self._set(1.0)
 
     def after_train(self, runner: Runner) -> None:
         """Set the model's own ratios."""

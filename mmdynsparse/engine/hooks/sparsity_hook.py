@@ -39,8 +39,9 @@ class SparsityHook(Hook):
 
     Args:
         weight: Weight of the ratio loss, >= 0. Defaults to 10, the published one for Swin.
-        per_image: Whether every image shall meet the ratio, or only the mean of a batch. Defaults
-            to True.
+        per_image: Whether every image shall meet the ratio, or only the mean of a batch. The
+            latter depends on how a batch is split over processes and accumulation steps, each of
+            which counts as a batch. Defaults to True.
         warmup_iters: Iterations in which the weight rises linearly from 0. Defaults to 0.
 
     Raises:
@@ -86,9 +87,13 @@ class SparsityHook(Hook):
         def add_losses(module: nn.Module, args: tuple, kwargs: dict, losses: dict) -> dict | None:
             if kwargs.get('mode') != 'loss':
                 return None
-            decisions = [d for part in self._parts for d in part.decisions]
+            pairs = [(d, part) for part in self._parts for d in part.decisions]
+            decisions = [d for d, _ in pairs]
+            # A decider that follows keeps exactly its ratio.
+            counts = [not getattr(part, 'follows', False) for _, part in pairs]
             warmup = min(1.0, (runner.iter + 1) / max(self.warmup_iters, 1))
-            return losses | sparsity_losses(decisions, self.weight * warmup, self.per_image)
+            weight = self.weight * warmup
+            return losses | sparsity_losses(decisions, weight, self.per_image, counts)
 
         self._handle = self._model.register_forward_hook(add_losses, with_kwargs=True)
         for part in self._parts:
@@ -211,7 +216,10 @@ class KeepRateMeter:
 
 
 def sparsity_losses(
-    decisions: Sequence[Decision], weight: float, per_image: bool = True
+    decisions: Sequence[Decision],
+    weight: float,
+    per_image: bool = True,
+    counts: Sequence[bool] | None = None,
 ) -> dict[str, Tensor]:
     """Ratio loss and measured keep rates of the decisions of one training forward.
 
@@ -226,6 +234,7 @@ def sparsity_losses(
         decisions: Decisions with masks (B, N).
         weight: Weight of the loss.
         per_image: See above. Defaults to True.
+        counts: Whether each decision may take part in the loss. Defaults to None, all of them.
 
     Returns:
         Scalars 'loss_keep_ratio' and, for each predictor, 'keep_rate_I'; nothing without decisions.
@@ -234,9 +243,9 @@ def sparsity_losses(
         return {}
     dims = 1 if per_image else (0, 1)
     kept = [d.scores.exp() if d.keeps_all else d.mask for d in decisions]
-    pairs = list(zip(kept, decisions, strict=True))
-    learned = [pair for pair in pairs if pair[0].requires_grad] or pairs
-    errors = [(k.mean(dims) - d.ratio).square().mean() for k, d in learned]
+    triples = list(zip(kept, decisions, counts or [True] * len(kept), strict=True))
+    learned = [triple for triple in triples if triple[0].requires_grad and triple[2]] or triples
+    errors = [(k.mean(dims) - d.ratio).square().mean() for k, d, _ in learned]
     rates = {f'keep_rate_{i}': d.mask.detach().mean() for i, d in enumerate(decisions)}
     return {'loss_keep_ratio': weight * torch.stack(errors).mean(), **rates}
 

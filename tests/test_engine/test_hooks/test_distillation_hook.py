@@ -97,6 +97,89 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(task, start, tiny):
     assert model.backbone.patch_embed.projection.weight.grad.abs().max() > 0
 
 
+def perturb(model):
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+
+
+@pytest.mark.parametrize('logit_weight', [0, 0.5])
+def test_features_of_regions(logit_weight, start, tiny):
+    names = 'roi_head.bbox_roi_extractor', 'roi_head.bbox_head.shared_fcs.0'
+    model, _ = start('det', logit_weight=logit_weight, features=dict.fromkeys(names, 0.5))
+    perturb(model)
+    losses = losses_of(tiny, model, 'det')
+    assert all(losses[f'loss_distill_{name.replace(".", "_")}'] > 0 for name in names)
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_a_module_that_runs_once_for_each_level(with_cp, start, tiny):
+    """All levels are compared; checkpointed activations do not run it again."""
+    model = tiny.build('det', with_cp=with_cp)
+    model, hook = start('det', model, features={'rpn_head.rpn_conv': 1.0})
+    perturb(model)
+    levels = [], []
+    for part, maps in zip((model, hook._teacher), levels, strict=True):
+        part.rpn_head.rpn_conv.register_forward_hook(
+            lambda m, args, out, maps=maps: maps.append(out)
+        )
+    losses = losses_of(tiny, model, 'det', (0, 2))
+    assert len(levels[0]) == 5
+    errors = [(s - t).square().mean() for s, t in zip(*levels, strict=True)]
+    torch.testing.assert_close(losses['loss_distill_rpn_head_rpn_conv'], sum(errors) / 5)
+    losses['loss_distill_rpn_head_rpn_conv'].backward()
+    assert not hook._taps[0].calls
+
+
+def test_images_of_another_dtype_than_the_teacher(start, tiny):
+    """A sharded student in mixed precision gets its images in bfloat16, without autocast."""
+    model, hook = start('seg')
+    samples = [tiny.sample('seg', i) for i in range(2)]
+    batch = {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}
+    data = model.data_preprocessor(batch, True)
+    model.bfloat16()
+    losses = model(data['inputs'].bfloat16(), data['data_samples'], mode='loss')
+    assert next(hook._teacher.parameters()).dtype == torch.float32
+    assert all(value.isfinite() for value in distilled(losses).values())
+
+
+def test_the_head_of_the_student_says_what_is_ignored(start, tiny):
+    model, hook = start('seg', features={})
+    perturb(model.eval())
+    before = losses_of(tiny, model, 'seg', ignored=0.0)['loss_distill_logits']
+    hook._teacher.decode_head.ignore_index = 0
+    after = losses_of(tiny, model, 'seg', ignored=0.0)['loss_distill_logits']
+    torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize('task', ['seg', 'det'])
+def test_weights_that_a_copy_of_the_student_needs(task, tmp_path, tiny):
+    """A head of other classes, and a checkpoint of the backbone alone."""
+    path, hook = tmp_path / 'dense.pth', dict(type='mmdynsparse.DistillationHook')
+    weights = tiny.build(task, dense=True).state_dict()
+    last = dict(seg='decode_head.conv_seg.weight', det='roi_head.bbox_head.fc_cls.weight')[task]
+    head = last.rsplit('.', 2)[0]
+    start = dict(iters=1, load_from=str(path))
+
+    def train(weights, folder, **arguments):
+        torch.save(weights, path)
+        make_runner(tiny, tmp_path / folder, task, hook | arguments, **start).train()
+
+    train(weights, 'whole')
+    match = rf"teacher 'self' needs all weights of {head} .* got 1 of .* such as {last}: name"
+    with pytest.raises(ValueError, match=match):
+        train(weights | {last: weights[last][:1]}, 'classes')
+    backbone = {key: value for key, value in weights.items() if key.startswith('backbone.')}
+    with pytest.raises(ValueError, match="teacher 'self' needs all weights of"):
+        train(backbone, 'backbone')
+    assert not (tmp_path / 'backbone' / 'distillation_teacher.pth').exists()
+    train(backbone, 'features', logit_weight=0)
+    if task == 'det':
+        with pytest.raises(
+            ValueError, match=r'weights of neck .* \(logit_weight=0, or features wi'
+        ):
+            train(backbone, 'neck', logit_weight=0, features=dict(neck=1.0))
+
+
 @pytest.mark.parametrize('task', ['seg', 'det'])
 def test_training(task, tmp_path, tiny):
     hook = DistillationHook(features=FEATURES[task])
@@ -240,6 +323,8 @@ def test_a_random_teacher_is_warned_of(start, warnings_of):
         (dict(teacher=dict(config='a.py')), 'teacher must be .*a.py'),
         (dict(logit_weight=-1), 'logit_weight must be at least 0, got -1'),
         (dict(features=dict(neck=-2)), r"features\['neck'\] must be at least 0, got -2"),
+        (dict(logit_weight=0, features=dict(neck=0.0)), r"above 0, got 0 and {'neck': 0.0}; leave"),
+        (dict(logit_weight=0, features={}), 'logit_weight or a weight in features must be above 0'),
         (dict(temperature=0), 'temperature must be above 0, got 0'),
     ],
 )
@@ -305,10 +390,16 @@ def test_files_of_the_teacher(tmp_path, tiny):
     path = tmp_path / 'teacher.pth'
     for checkpoint, meta, match in (
         ({'backbone.weight': torch.zeros(1)}, {}, 'checkpoint must fit .*missing keys'),
-        (
-            tiny.build('seg', dense=True).state_dict(),
-            dict(dataset_meta=dict(classes=('cat', 'dog'))),
-            r"classes \('ground', 'thing'\), got \('cat', 'dog'\)",
+        *(
+            (
+                tiny.build('seg', dense=True).state_dict(),
+                meta,
+                r"classes \('ground', 'thing'\), got \('cat', 'dog'\)",
+            )
+            for meta in (
+                dict(dataset_meta=dict(classes=('cat', 'dog'))),
+                dict(CLASSES=('cat', 'dog')),  # of older versions
+            )
         ),
     ):
         torch.save(dict(state_dict=checkpoint, meta=meta), path)

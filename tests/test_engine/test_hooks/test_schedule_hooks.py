@@ -33,6 +33,21 @@ def test_keep_ratio_falls_linearly_from_one(training):
     assert run.log[0]['keep_rate_2'] == 1
 
 
+def test_validation_is_at_the_ratios_of_the_model(training):
+    """Else the checkpoint with the best metric would be an early one, which is nearly dense."""
+
+    class WatchValidation(Watch):
+        def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            self.ratios.append([d.ratio for d in runner.model.backbone.decisions])
+
+    watch = WatchValidation()
+    loop = dict(type='IterBasedTrainLoop', max_iters=3, val_interval=2)
+    hook = KeepRatioSchedule(begin=1, end=3)
+    training(hook, watch, iters=3, train_cfg=loop)
+    ones, halfway = [1, 1, 1], [0.85, 0.75, 0.65]
+    assert watch.ratios[:4] == [ones, ones, [0.7, 0.5, 0.3], halfway]
+
+
 def test_predictors_learn_to_keep_before_the_ratio_falls(training):
     """The keep rate does not jump where the schedule begins."""
     log = training(KeepRatioSchedule(begin=80, end=130), iters=130).log
@@ -104,9 +119,9 @@ class Stop(Hook):
 
 def test_resume_with_other_keep_ratios_is_warned_of(training, warnings_of):
     texts = warnings_of(sparsity_hook)
-    training(KeepRatioSchedule(end=8), Stop(2), iters=8)
+    training(KeepRatioSchedule(begin=1, end=8), Stop(2), iters=8)
     again = dict(iters=3, resume=True)
-    training(KeepRatioSchedule(end=3), **again)
+    training(KeepRatioSchedule(begin=1, end=3), **again)
     assert not any('resumed' in text for text in texts)
     model = training.__globals__['Model'](keep_ratio=0.9)
     training(**again | dict(model=model, iters=4))
@@ -119,6 +134,7 @@ def test_resume_with_other_keep_ratios_is_warned_of(training, warnings_of):
     [
         (KeepRatioSchedule, dict(begin=3, end=3), 'begin < end, got 3 and 3'),
         (KeepRatioSchedule, dict(begin=-1, end=3), 'got -1 and 3'),
+        (KeepRatioSchedule, dict(begin=0, end=3), 'must be above 0, because predictors must learn'),
         (TemperatureSchedule, dict(start=0, stop=1, end=3), 'start must be above 0, got 0'),
         (TemperatureSchedule, dict(start=1, stop=-1, end=3), 'stop must be above 0, got -1'),
         (FreezePretrained, dict(iters=0), 'iters must be above 0, got 0'),
@@ -132,7 +148,7 @@ def test_bad_arguments(hook, arguments, match):
 @pytest.mark.parametrize(
     'hook, argument',
     [
-        (KeepRatioSchedule(end=5), 'end of KeepRatioSchedule'),
+        (KeepRatioSchedule(begin=1, end=5), 'end of KeepRatioSchedule'),
         (TemperatureSchedule(2, 1, end=5), 'end of TemperatureSchedule'),
         (FreezePretrained(5), 'iters of FreezePretrained'),
     ],

@@ -14,6 +14,7 @@ from mmdynsparse.engine import SparsityHook
 from mmdynsparse.engine.hooks import sparsity_hook
 from mmdynsparse.engine.hooks.sparsity_hook import KeepRateMeter, collapse, sparsity_losses
 from mmdynsparse.models import SparseSwinTransformer
+from mmdynsparse.models.decider import CellSparsity, Decider
 from mmdynsparse.ops import Decision, select
 
 
@@ -111,6 +112,31 @@ def test_loss_is_of_the_decisions_that_learn():
     losses = sparsity_losses([decision([0.9], 0.5), learned], weight=10)
     torch.testing.assert_close(losses['loss_keep_ratio'].item(), 0.4)
     assert losses['keep_rate_0'] == decision([0.9], 0.5).mask.mean()
+
+
+def test_decisions_that_do_not_count_are_logged():
+    learned = [decision([rate], 0.5) for rate in (0.3, 0.5)]
+    learned = [d._replace(mask=d.mask.requires_grad_()) for d in learned]
+    losses = sparsity_losses(learned, weight=10, counts=[True, False])
+    torch.testing.assert_close(losses['loss_keep_ratio'].item(), 0.4)
+    assert losses['keep_rate_1'] == learned[1].mask.mean()
+
+
+def test_a_head_that_follows_does_not_weaken_the_loss(tmp_path):
+    """It keeps exactly its ratio, so its error is 0."""
+    model = Model()
+    model.decider = Decider(CellSparsity(keep_ratio=0.5, predictor='backbone'), 8)
+
+    def decide(module, args, maps):
+        model.decider.known(maps, (16, 16), 8)
+
+    model.backbone.register_forward_hook(decide)
+    hook = SparsityHook(weight=8, per_image=False)
+    train = [line for line in scalars(run(tmp_path, hook=hook, model=model)) if 'loss' in line]
+    for line in train:
+        errors = [(line[f'keep_rate_{i}'] - r) ** 2 for i, r in enumerate((0.7, 0.5, 0.3))]
+        assert line['loss_keep_ratio'] == pytest.approx(8 * sum(errors) / 3, rel=1e-3)
+        assert line['keep_rate_3'] == 0.5
 
 
 def test_training_logs_losses_and_rates(tmp_path):
@@ -228,13 +254,17 @@ def test_checkpoint_of_another_backbone(tmp_path):
     dense = {key: value for key, value in weights.items() if 'predictors' not in key}
     torch.save(dense, tmp_path / 'dense.pth')
     run(tmp_path, load_from=str(tmp_path / 'dense.pth'))
-    for name, other in (
-        ('narrow', {key: value[..., :1] for key, value in weights.items()}),
-        ('nested', dict(model=weights)),
-        ('backbone alone', {k.removeprefix('backbone.'): v for k, v in weights.items()}),
+    for name, other, fault in (
+        ('narrow', {key: value[..., :1] for key, value in weights.items()}, 'of another shape'),
+        ('nested', dict(model=weights), 'missing keys'),
+        (
+            'backbone alone',
+            {k.removeprefix('backbone.'): v for k, v in weights.items()},
+            'missing keys',
+        ),
     ):
         torch.save(other, tmp_path / f'{name}.pth')
-        with pytest.raises(ValueError, match=r'load_from must hold the weights .*got \d of them'):
+        with pytest.raises(ValueError, match=rf'load_from must hold the .*got \d+ .*{fault}'):
             run(tmp_path, load_from=str(tmp_path / f'{name}.pth'))
 
 
