@@ -338,7 +338,7 @@ def test_sparse_heads_differ_from_their_relative_in_neck_and_head(path):
     if 'by-level' in name:
         assert sparsities == [{}]
         return
-    assert sparsities[0].pop('keep_ratio') == (0.3 if 'upernet' in name else 0.6)
+    assert sparsities[0].pop('keep_ratio') == (0.3 if 'upernet' in name else 0.5)
     learned = dict(predictor=dict(type='mmdynsparse.CellPredictor'))
     if 'by-backbone' in name:
         assert sparsities == [dict(predictor='backbone'), {}][: len(parts)]

@@ -1,5 +1,5 @@
 _base_ = '../sparse_resnet/mask-rcnn_sparse-r50-n_fpn_1xb2-2k_camvid.py'
 model = dict(
-    neck=dict(type='mmdynsparse.SparseFPN', sparsity=dict(keep_ratio=0.6)),
+    neck=dict(type='mmdynsparse.SparseFPN', sparsity=dict(keep_ratio=0.5)),
     rpn_head=dict(type='mmdynsparse.SparseRPNHead', sparsity=dict()),
 )
