@@ -1,7 +1,7 @@
-# The same with half of the cells of the FPN's and RPN's finest two levels. Cells are half as large as
-# usual, because images and objects are small. The RPN's logits are what changes most, so they weigh
-# more in the distillation; the ratio loss weighs more, because so short a training is otherwise
-# over before the neck keeps no more than half.
+# The same with half of the cells of the FPN's and RPN's finest two levels. Cells are half as large
+# as usual, because images and objects are small. The RPN's logits are what changes most, so they
+# weigh more in the distillation; the ratio loss weighs more, because so short a training is
+# otherwise over before the neck keeps no more than half.
 _base_ = './study_mask-rcnn_r50-n.py'
 model = dict(
     neck=dict(type='mmdynsparse.SparseFPN', sparsity=dict(keep_ratio=0.5, cell_size=4)),
