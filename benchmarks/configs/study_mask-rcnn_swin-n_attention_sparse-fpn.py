@@ -1,5 +1,5 @@
-# FFNs, FPN and RPN as in the base; attention and FFNs of all stages in cells, stages 2 and 4 follow
-# the predictors of 1 and 3. Only the neck's predictor is trained.
+# The same with attention and FFNs of all stages in cells; stages 2 and 4 follow the predictors of 1
+# and 3.
 _base_ = './study_mask-rcnn_swin-n_sparse-fpn.py'
 sparsity = dict(
     locations={0: (0,), 1: (0,), 2: (0,), 3: (0,)},
