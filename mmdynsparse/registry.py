@@ -8,6 +8,7 @@ a config needs no ``custom_imports``.
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -24,4 +25,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     scope='mmdynsparse',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     locations=['mmdynsparse.engine'],
+)
+STRATEGIES = Registry(
+    'strategy', scope='mmdynsparse', parent=MMENGINE_STRATEGIES, locations=['mmdynsparse.engine']
 )

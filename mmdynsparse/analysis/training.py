@@ -10,8 +10,16 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
-from ..engine.distillation import Taps, run_parts
-from ..engine.hooks.distillation_hook import ROI_INPUT, is_two_stage
+from ..engine.distillation import (
+    ROI,
+    ROI_INPUT,
+    RPN,
+    SEGMENTOR,
+    Taps,
+    is_two_stage,
+    run_parts,
+    second_stage,
+)
 from ..engine.hooks.sparsity_hook import sparsity_losses
 from ..engine.teacher import keep_everything
 from .dense import Pair
@@ -73,13 +81,13 @@ def training_step(model: nn.Module, batch: dict) -> Callable[[], None]:
 
 def sampled_rois(model: nn.Module, batch: dict) -> Tensor:
     """Return the regions (R, 5) that a detector samples from a batch in training."""
-    taps = Taps(model, [ROI_INPUT])
+    taps = Taps(model, [ROI_INPUT, ROI])
     taps.recording = True
     with torch.no_grad():
         model(**model.data_preprocessor(deepcopy(batch), True), mode='loss')
-    args, _ = taps.pop()[ROI_INPUT][0]
+    _, rois = second_stage(taps.pop())
     taps.close()
-    return args[1]
+    return rois
 
 
 def teacher_step(model: nn.Module, batch: dict, rois: Tensor | None) -> Callable[[], None]:
@@ -90,7 +98,7 @@ def teacher_step(model: nn.Module, batch: dict, rois: Tensor | None) -> Callable
 
     @torch.no_grad()
     def step() -> None:
-        run_parts(model, images, rois)
+        run_parts(model, images, (SEGMENTOR, RPN), rois)
 
     return step
 

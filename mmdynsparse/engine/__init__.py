@@ -8,9 +8,11 @@ from .hooks import (
     TemperatureSchedule,
 )
 from .parameters import FineTuneOptimWrapperConstructor
+from .strategy import FSDPStrategy
 
 __all__ = [
     'DistillationHook',
+    'FSDPStrategy',
     'FineTuneOptimWrapperConstructor',
     'FreezePretrained',
     'KeepRatioSchedule',

@@ -4,11 +4,25 @@ All losses are means over images of a mean over each image, so they do not depen
 split. Dimension letters: B images, C channels or classes, H and W of a map, R regions of interest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Modules of mmseg's segmentors and mmdet's detectors.
+SEGMENTOR, RPN = 'decode_head', 'rpn_head'
+ROI_HEAD = 'roi_head'
+ROI, ROI_INPUT = 'roi_head.bbox_head', 'roi_head.bbox_roi_extractor'
+
+
+class Call(NamedTuple):
+    """A call of a module: its name, the positional arguments and the output."""
+
+    name: str
+    args: tuple
+    out: object
 
 
 class Taps:
@@ -16,7 +30,7 @@ class Taps:
 
     Attributes:
         recording: Whether calls are recorded.
-        calls: The recorded calls of each module, in order: their arguments and outputs.
+        calls: The recorded calls, in order.
 
     Args:
         model: The model.
@@ -28,7 +42,7 @@ class Taps:
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.recording = False
-        self.calls: dict[str, list[tuple[tuple, object]]] = {}
+        self.calls: list[Call] = []
         self._replaced: list[tuple[nn.Module, object]] = []
         for name in names:
             self._tap(name, find_module(model, name))
@@ -40,16 +54,16 @@ class Taps:
         def tapped(*args, **kwargs):
             out = forward(*args, **kwargs)
             if self.recording:
-                self.calls.setdefault(name, []).append((args, out))
+                self.calls.append(Call(name, args, out))
             return out
 
         self._replaced.append((module, module.__dict__.get('forward')))
         module.forward = tapped
 
-    def pop(self) -> dict[str, list[tuple[tuple, object]]]:
+    def pop(self) -> list[Call]:
         """Stop recording and return what was recorded."""
         self.recording = False
-        calls, self.calls = self.calls, {}
+        calls, self.calls = self.calls, []
         return calls
 
     def close(self) -> None:
@@ -76,33 +90,62 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
         ) from None
 
 
-def run_parts(model: nn.Module, images: Tensor, rois: Tensor | None = None) -> None:
-    """Run a segmentor or a detector up to its logits, without losses and post-processing.
+def run_parts(
+    model: nn.Module, images: Tensor, names: Iterable[str], rois: Tensor | None = None
+) -> None:
+    """Run the parts of a segmentor or a detector in which modules lie, at most up to its logits.
 
     Args:
         model: The model.
         images: Preprocessed images (B, 3, H, W).
-        rois: For a detector of two stages, regions (R, 5): index of the image, corners in px.
-            Defaults to None, without the second stage.
+        names: Names of the modules. What runs in losses and post-processing only does not run.
+        rois: For the second stage of a detector, regions (R, 5): index of the image, corners in
+            px. Defaults to None, without the second stage.
     """
     extract = getattr(model, 'extract_feat', None) or model.backbone
     x = extract(images)
-    if is_single(model, 'decode_head'):
+    parts = {name.split('.')[0] for name in names}
+    # Those with queries cannot run without labels.
+    if SEGMENTOR in parts and is_single(model, SEGMENTOR) and not has_queries(model.decode_head):
         model.decode_head.forward(x)
-    if is_single(model, 'rpn_head'):
+    if RPN in parts and is_single(model, RPN):
         model.rpn_head(x)
     if rois is not None:
-        head = model.roi_head
-        features = head.bbox_roi_extractor(x[: head.bbox_roi_extractor.num_inputs], rois)
-        if head.with_shared_head:
-            features = head.shared_head(features)
-        head.bbox_head(features)
+        model.roi_head._bbox_forward(x, rois)  # what subclasses of mmdet's heads override
+
+
+def second_stage(calls: Sequence[Call]) -> tuple[list[Call], Tensor]:
+    """Return a training iteration's calls without those by which regions were sampled.
+
+    Args:
+        calls: Recorded calls, those of the second stage's RoI extractor and box head among them.
+
+    Returns:
+        The calls, those in the RoI head from the last one of the box head on, which is for its
+        loss, or of the extractor for it; and its regions (R, 5).
+    """
+    names = [call.name for call in calls]
+    last = len(names) - 1 - names[::-1].index(ROI)
+    first = max(i for i in range(last) if names[i] == ROI_INPUT)
+    in_head = [name.split('.')[0] == ROI_HEAD for name in names]
+    kept = [call for i, call in enumerate(calls) if i >= first or not in_head[i]]
+    return kept, calls[first].args[1]
 
 
 def is_single(model: nn.Module, name: str) -> bool:
     """Return whether a model has a part, and has it once: cascades have lists of heads."""
     part = getattr(model, name, None)
     return isinstance(part, nn.Module) and not isinstance(part, nn.ModuleList)
+
+
+def is_two_stage(model: nn.Module) -> bool:
+    """Return whether a model has a second stage with one head for the boxes."""
+    return is_single(getattr(model, ROI_HEAD, None), 'bbox_head')
+
+
+def has_queries(head: nn.Module) -> bool:
+    """Return whether a head classifies queries, as those that mmseg takes over from mmdet do."""
+    return hasattr(head, 'num_queries')
 
 
 def feature_loss(

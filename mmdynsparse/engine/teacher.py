@@ -93,7 +93,7 @@ def copy_student(
     else:
         print_log(
             "teacher 'self' is a copy of the model at the start, for which no checkpoint was "
-            'loaded (load_from): it teaches what random weights say.',
+            'loaded (load_from): what no init_cfg loads teaches what random weights say.',
             logger='current',
             level=logging.WARNING,
         )

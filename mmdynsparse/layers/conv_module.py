@@ -60,18 +60,21 @@ def check_conv_modules(parent: nn.Module, names: str) -> None:
         names: Of the arguments to blame.
 
     Raises:
-        ValueError: If a convolution is not a plain one, or a norm is not an affine batch norm.
+        ValueError: If a convolution is not a plain one, or a norm is not an affine batch norm with
+            running statistics.
     """
     for module in parent.modules():
         if not isinstance(module, ConvModule):
             continue
         norm = module.norm if module.with_norm else None
         plain = type(module.conv) is nn.Conv2d and not module.with_explicit_padding
-        folds = norm is None or (isinstance(norm, _BatchNorm) and norm.affine)
+        folds = norm is None or (
+            isinstance(norm, _BatchNorm) and norm.affine and norm.track_running_stats
+        )
         if not plain or not folds:
             raise ValueError(
-                f'{names} must be a plain convolution and an affine batch norm or None in a sparse '
-                f'part, got {type(module.conv).__name__} and {type(norm).__name__}'
+                f'{names} must be a plain convolution and an affine batch norm with running '
+                f'statistics or None in a sparse part, got {module.conv} and {norm}'
             )
 
 

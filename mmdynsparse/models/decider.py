@@ -218,15 +218,15 @@ def _last_fine(decisions: Sequence[Decision], grid: tuple[int, int]) -> Decision
 def _cell_scores(decision: Decision, hw: tuple[int, int], cell_size: int) -> Tensor:
     """Return log-probabilities (B, N, 2) of the cells of a map from a decision's scores.
 
-    Strides, and the sides of cells as a rule, are powers of two. Locations at the right and bottom
-    edge may then reach beyond the map; others are taken to divide it evenly.
+    Strides are powers of two. Locations at the right and bottom edge may then reach beyond the map;
+    others are taken to divide it evenly.
 
     Args:
         decision: Made at any stride.
         hw: Height and width of the map.
         cell_size: Side of its cells, in positions.
     """
-    (h, w), side = decision.hw, 1
+    (h, w), side = decision.hw, decision.cell_size
     while side * h < hw[0] or side * w < hw[1]:
         side *= 2
     if cell_grid(hw, side) != (h, w):

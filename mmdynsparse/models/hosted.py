@@ -6,8 +6,11 @@ own parts with it. ``mmdynsparse.models`` does not import it.
 
 from contextlib import suppress
 
-with suppress(ImportError):
+# Both assert that the versions of mmcv and mmengine are among those they know.
+FAILURES = (ImportError, AssertionError)
+
+with suppress(*FAILURES):
     from . import decode_heads  # noqa: F401
 
-with suppress(ImportError):
+with suppress(*FAILURES):
     from . import dense_heads, necks  # noqa: F401

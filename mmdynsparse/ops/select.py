@@ -29,6 +29,8 @@ class Decision(NamedTuple):
             or None when the decision was made for masked execution. ``spread_decision`` has
             another order, and where shapes are static some positions several times.
         dropped: (M,) int64, the other positions, K + M = B * N, or None like ``kept``.
+        cell_size: Side of a location in those of the stage's map, where what is decided for are
+            its cells.
     """
 
     mask: Tensor
@@ -37,6 +39,7 @@ class Decision(NamedTuple):
     ratio: float
     kept: Tensor | None = None
     dropped: Tensor | None = None
+    cell_size: int = 1
 
     @property
     def keeps_all(self) -> bool:
@@ -143,7 +146,7 @@ def with_positions(decision: Decision, kept_per_image: int | None = None) -> Dec
     else:
         kept, dropped = _positions(mask_BN, kept_per_image)
     # torch.compile does not keep what _replace returns as an attribute of the model.
-    return Decision(*decision[:4], kept, dropped)
+    return Decision(*decision[:4], kept, dropped, decision.cell_size)
 
 
 def spread_decision(decision: Decision, hw: tuple[int, int], cell_size: int) -> Decision:

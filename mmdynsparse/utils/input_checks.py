@@ -95,7 +95,9 @@ def check_training_inputs(cfg: Config) -> None:
         check_data(cfg, split)
     for name, path in _pretrained_files(cfg.get('model') or {}, 'model'):
         check_checkpoint(name, path)
-    if cfg.get('load_from'):
+    # What a sharded training writes is a folder with a part of the model for each process.
+    sharded = cfg.get('runner_type') == 'FlexibleRunner' and osp.isdir(cfg.get('load_from') or '')
+    if cfg.get('load_from') and not sharded:
         argument = 'checkpoint to resume from' if cfg.get('resume') else 'load_from'
         check_checkpoint(argument, cfg.load_from, resume=bool(cfg.get('resume')))
 

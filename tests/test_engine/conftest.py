@@ -19,9 +19,11 @@ def tiny():
     return SimpleNamespace(config=config, build=build, sample=sample, SCOPES=SCOPES)
 
 
-def config(task, dense=False, **backbone):
-    """Return the config of the model, without dropout and synchronised norms."""
-    cfg = Config.fromfile(CONFIGS / f'{task}.py').model
+def config(task, dense=False, changes=None, **backbone):
+    """Return the config of the model, changed, without dropout and synchronised norms."""
+    cfg = Config.fromfile(CONFIGS / f'{task}.py')
+    cfg.merge_from_dict({f'model.{name}': value for name, value in (changes or {}).items()})
+    cfg = cfg.model
     cfg.backbone.update(drop_path_rate=0.0, **backbone)
     if task == 'seg':
         cfg.decode_head.update(norm_cfg=dict(type='BN'), dropout_ratio=0.0)

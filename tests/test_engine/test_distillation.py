@@ -4,6 +4,9 @@ from mmengine.structures import PixelData
 from torch import nn
 
 from mmdynsparse.engine.distillation import (
+    ROI,
+    ROI_INPUT,
+    Call,
     Taps,
     content_mask,
     feature_loss,
@@ -12,6 +15,7 @@ from mmdynsparse.engine.distillation import (
     mean_over_images,
     mean_over_rois,
     run_parts,
+    second_stage,
 )
 
 
@@ -134,16 +138,17 @@ class Net(nn.Module):
 def test_taps_record_and_leave_no_trace():
     net = Net()
     before = dict(net.backbone.__dict__)
-    taps = Taps(net, ['backbone', 'decode_head'])
+    names = ['backbone', 'decode_head']
+    taps = Taps(net, names)
     images = torch.randn(1, 3, 4, 4)
-    run_parts(net, images)
+    run_parts(net, images, names)
     assert not taps.calls
     taps.recording = True
-    run_parts(net, images)
-    calls = taps.pop()
-    (((image,), maps),) = calls['backbone']
-    assert image is images
-    torch.testing.assert_close(calls['decode_head'][0][1], net.decode_head(maps))
+    run_parts(net, images, names)
+    backbone, head = taps.pop()
+    assert (backbone.name, head.name) == tuple(names)
+    assert backbone.args[0] is images and head.args[0] is backbone.out
+    torch.testing.assert_close(head.out, net.decode_head(backbone.out))
     assert not taps.calls and not taps.recording
     taps.close()
     assert before.keys() == net.backbone.__dict__.keys()
@@ -154,7 +159,32 @@ def test_taps_record_every_call():
     taps = Taps(net, ['backbone'])
     taps.recording = True
     outs = [net.backbone(torch.randn(1, 3, size, size)) for size in (4, 2)]
-    assert all(call[1] is out for call, out in zip(taps.pop()['backbone'], outs, strict=True))
+    assert all(call.out is out for call, out in zip(taps.pop(), outs, strict=True))
+
+
+def test_only_the_parts_in_which_modules_lie_run():
+    net, images = Net(), torch.randn(1, 3, 4, 4)
+    taps = Taps(net, ['decode_head'])
+    taps.recording = True
+    run_parts(net, images, ['backbone'])
+    assert not taps.calls
+    run_parts(net, images, ['decode_head.conv'])
+    assert len(taps.pop()) == 1
+
+
+def test_regions_of_the_loss_are_not_those_that_a_sampler_tried():
+    """Nor those of a mask head that shares the extractor."""
+
+    def call(name, value=0):
+        return Call(name, ('maps', torch.full((1, 5), float(value))), value)
+
+    sampling = [call(ROI_INPUT, 1), call(ROI, 1)]
+    loss = [call(ROI_INPUT, 2), call('roi_head.shared_head', 2), call(ROI, 2)]
+    others = [call('backbone'), call('rpn_head')]
+    mask = [call(ROI_INPUT, 3)]
+    calls, rois = second_stage([*others, *sampling, *sampling, *loss, *mask])
+    assert calls == [*others, *loss, *mask]
+    assert rois.unique().item() == 2
 
 
 def test_taps_on_a_module_that_does_not_exist():

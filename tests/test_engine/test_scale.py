@@ -275,10 +275,10 @@ def test_a_teacher_with_synchronised_norms(tiny, tmp_path):
     hook.after_train(runner)
 
 
-def sharded_training(rank, tiny, folder, hooks):
+def sharded_training(rank, tiny, folder, hooks, iters=3, **kwargs):
     # Full state dicts of torch's FSDP need CUDA.
     strategy = dict(
-        type='FSDPStrategy',
+        type='mmdynsparse.FSDPStrategy',
         model_wrapper=dict(type='MMFullyShardedDataParallel', device_id=torch.device('cpu')),
         state_dict_cfg='local',
     )
@@ -287,12 +287,13 @@ def sharded_training(rank, tiny, folder, hooks):
         folder / 'work',
         (2 * rank, 2 * rank + 1) * 3,
         2,
-        3,
+        iters,
         hooks,
         with_group_norm(tiny),
         runner='FlexibleRunner',
         strategy=strategy,
         launcher='pytorch',
+        **kwargs,
     )
 
 
@@ -316,6 +317,26 @@ def test_a_sharded_model_trains_as_a_whole_one(tiny, tmp_path, monkeypatch):
             if 'acc' not in name:
                 mean = sum(part['losses'][i][name] for part in parts) / 2
                 assert mean == pytest.approx(value, rel=1e-3), (i, name)
+
+
+def resumed_sharded_training(rank, tiny, folder):
+    whole, begun, resumed = (folder / name for name in ('whole', 'begun', 'resumed'))
+    arguments = dict(hooks=HOOKS[:1], optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)))
+    expected = sharded_training(rank, tiny, whole, **arguments)['losses']
+    sharded_training(rank, tiny, begun, iters=2, **arguments)
+    arguments |= dict(load_from=str(begun / 'work' / 'iter_2.pth'), resume=True)
+    return expected, sharded_training(rank, tiny, resumed, **arguments)['losses']
+
+
+@needs_gloo
+def test_a_sharded_training_is_resumed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        select.F, 'gumbel_softmax', lambda logits, tau, dim: (logits / tau).softmax(dim)
+    )
+    for expected, resumed in spawn(resumed_sharded_training, tiny, tmp_path):
+        assert len(expected) == 3 and len(resumed) == 1
+        assert expected[2] == pytest.approx(resumed[0], rel=1e-5)
+        assert expected[2]['loss'] != pytest.approx(expected[1]['loss'], rel=1e-5)
 
 
 def sharded_self_teaching(rank, tiny, folder):

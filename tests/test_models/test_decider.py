@@ -9,7 +9,7 @@ from mmdynsparse.engine.hooks.sparsity_hook import KeepRateMeter
 from mmdynsparse.models import decider as decider_module
 from mmdynsparse.models.decider import CellSparsity, Decider
 from mmdynsparse.models.features import Features
-from mmdynsparse.ops import Decision, keep_all
+from mmdynsparse.ops import Decision, cell_grid, keep_all
 
 PREDICTOR = dict(type='mmdynsparse.CellPredictor', reduction=2)
 
@@ -142,8 +142,23 @@ def test_follows_coarser_decisions_between_their_locations():
     torch.testing.assert_close(even.exp(), torch.full_like(even, 0.5))
 
 
-def test_follows_locations_of_any_other_size():
-    """Cells of 7 locations at stride 16 are 28 positions, no power of two."""
+@pytest.mark.parametrize('hw', [(128, 128), (90, 120)])
+def test_follows_cells_of_any_size(hw):
+    """Cells of 7 locations at stride 16 are 28 positions, and the last ones overhang the map."""
+    grid = cell_grid(hw, 28)
+    centres = 28 * torch.arange(grid[1]) + 14.0
+    logits = (centres / 10 - 6).expand(grid)
+    decision = followed([scored(logits)._replace(cell_size=7)], hw)
+    assert decision.hw == cell_grid(hw, 8)
+    probs = decision.scores.exp().view(decision.hw)
+    positions = 8 * torch.arange(decision.hw[1]) + 4.0
+    inner = (positions > 18) & (positions < centres[-1] - 4)
+    expected = positions[inner] / 10 - 6
+    assert inner.sum() > 9
+    torch.testing.assert_close(probs.logit()[:, inner], expected.expand(len(probs), -1))
+
+
+def test_follows_locations_that_fit_no_stride():
     logits = torch.zeros(5, 5)
     logits[:, :2] = 5
     decision = followed([scored(logits)], (128, 128), keep_ratio=0.25)

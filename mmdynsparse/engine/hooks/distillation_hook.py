@@ -1,5 +1,6 @@
 """Distillation from a dense teacher (Rao et al., T-PAMI 2023, section 3.4)."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,10 +15,8 @@ from .. import distillation as ops
 from ..parameters import bare_model
 from ..teacher import check_teacher, copy_student, load_teacher
 
-SEGMENTOR = 'decode_head'
-RPN, ROI, ROI_INPUT = 'rpn_head', 'roi_head.bbox_head', 'roi_head.bbox_roi_extractor'
-ROI_PARTS = 'roi_head.'
-LOSS_NAMES = {SEGMENTOR: 'logits', RPN: 'rpn', ROI: 'roi'}
+LOSS_NAMES = {ops.SEGMENTOR: 'logits', ops.RPN: 'rpn', ops.ROI: 'roi'}
+ROI_PARTS = f'{ops.ROI_HEAD}.'
 # Side of the image, in px, on which both models are compared before training.
 PROBE = 128
 
@@ -109,9 +108,11 @@ class DistillationHook(Hook):
         self._student, self._teacher = student, teacher.requires_grad_(False)
         self._teacher.eval()  # mmseg's VisionTransformer does not return itself
         self._heads = heads
-        self._needs_rois = is_two_stage(student) and any(n.startswith(ROI_PARTS) for n in names)
-        names |= {ROI_INPUT} if self._needs_rois else set()
-        self._taps = [ops.Taps(model, sorted(names)) for model in (student, teacher)]
+        in_roi_head = any(name.startswith(ROI_PARTS) for name in names)
+        self._needs_rois = in_roi_head and ops.is_two_stage(student)
+        names |= {ops.ROI_INPUT, ops.ROI} if self._needs_rois else set()
+        self._names = sorted(names)
+        self._taps = [ops.Taps(model, self._names) for model in (student, teacher)]
         # Parts of a sharded model do not run on their own: the first batch compares those.
         if not isinstance(runner.model, FullyShardedDataParallel):
             self._probe(student)
@@ -153,7 +154,7 @@ class DistillationHook(Hook):
         student.eval()
         self._taps[0].recording = True
         with torch.no_grad():
-            ops.run_parts(student, image, rois)
+            ops.run_parts(student, image, self._names, rois)
             self._losses(self._taps[0].pop(), image, ())
         student.train(training)
 
@@ -170,31 +171,37 @@ class DistillationHook(Hook):
         samples = kwargs.get('data_samples') or ()
         return losses | self._losses(self._taps[0].pop(), images, samples)
 
-    def _losses(self, student: dict, images: Tensor, samples: Sequence) -> dict[str, Tensor]:
+    def _losses(
+        self, calls: Sequence[ops.Call], images: Tensor, samples: Sequence
+    ) -> dict[str, Tensor]:
         """Losses for what the student's taps recorded of a batch."""
         rois = None
         if self._needs_rois:
-            args, _ = student[ROI_INPUT][0]
-            rois = args[1]
-        teacher = self._run_teacher(images, rois)
+            calls, rois = ops.second_stage(calls)
+        outs = [defaultdict(list), defaultdict(list)]
+        for of_model, model_calls in zip(
+            outs, (calls, self._run_teacher(images, rois)), strict=True
+        ):
+            for call in model_calls:
+                of_model[call.name].append(call.out)
         losses = {}
         for head in self._heads:
-            outs = [calls[head][-1][1] for calls in (student, teacher)]
-            value = self._logit_loss(head, *outs, images, samples, rois)
+            last = [of_model[head][-1] for of_model in outs]
+            value = self._logit_loss(head, *last, images, samples, rois)
             losses[loss_name(LOSS_NAMES[head])] = self.logit_weight * value
         for name, weight in self.features.items():
-            if name not in student or name not in teacher:
+            maps = [of_model[name] for of_model in outs]
+            if not all(maps):
                 raise ValueError(
                     'features must name modules that run up to the logits (backbone, neck, '
                     f"decode_head or rpn_head and roi_head.bbox_head), got '{name}'"
                 )
-            outs = [[out for _, out in calls[name]] for calls in (student, teacher)]
             regions = rois if name.startswith(ROI_PARTS) else None
-            value = ops.feature_loss(name, *outs, images, samples, regions)
+            value = ops.feature_loss(name, *maps, images, samples, regions)
             losses[loss_name(name)] = weight * value
         return losses
 
-    def _run_teacher(self, images: Tensor, rois: Tensor | None) -> dict:
+    def _run_teacher(self, images: Tensor, rois: Tensor | None) -> list[ops.Call]:
         """Return what the teacher's taps record of a batch."""
         weight = next(self._teacher.parameters())
         if weight.device != images.device:
@@ -206,7 +213,7 @@ class DistillationHook(Hook):
             rois = None if rois is None else rois.to(weight.dtype)
         self._taps[1].recording = True
         with torch.no_grad():
-            ops.run_parts(self._teacher, images, rois)
+            ops.run_parts(self._teacher, images, self._names, rois)
         return self._taps[1].pop()
 
     def _logit_loss(
@@ -219,14 +226,16 @@ class DistillationHook(Hook):
         rois: Tensor | None,
     ) -> Tensor:
         module = self._student.get_submodule(head)
-        if head == SEGMENTOR:
+        if head == ops.SEGMENTOR:
             if not isinstance(student, Tensor):
                 raise ValueError(
                     'logit_weight needs a decode_head that returns one map of logits in training '
                     f'(set it to 0 elsewhere), got a {type(student).__name__} '
                     f'of {type(module).__name__}'
                 )
-            sigmoid = student.shape[1] == 1
+            losses = module.loss_decode
+            losses = losses if isinstance(losses, nn.ModuleList) else [losses]
+            sigmoid = any(getattr(loss, 'use_sigmoid', False) for loss in losses)
             kl_BHW = self._kl(head, student, teacher, sigmoid)
             if samples:
                 weights = ops.label_mask(samples, kl_BHW.shape[-2:], module.ignore_index)
@@ -234,7 +243,7 @@ class DistillationHook(Hook):
                 weights = torch.ones_like(kl_BHW)
             return ops.mean_over_images(kl_BHW, weights)
         sigmoid = bool(getattr(module.loss_cls, 'use_sigmoid', False))
-        if head == ROI:
+        if head == ops.ROI:
             kl_R = self._kl(head, student[0], teacher[0], sigmoid)
             return ops.mean_over_rois(kl_R, rois[:, 0].long(), len(images))
         levels = []
@@ -270,22 +279,12 @@ def logit_heads(model: nn.Module) -> list[str]:
         ValueError: If the model is neither a segmentor with one head for the pixels nor a detector
             of two stages with one head for the boxes.
     """
-    if ops.is_single(model, SEGMENTOR) and not _has_queries(model.decode_head):
-        return [SEGMENTOR]
-    if ops.is_single(model, RPN) and is_two_stage(model):
-        return [RPN, ROI]
+    if ops.is_single(model, ops.SEGMENTOR) and not ops.has_queries(model.decode_head):
+        return [ops.SEGMENTOR]
+    if ops.is_single(model, ops.RPN) and ops.is_two_stage(model):
+        return [ops.RPN, ops.ROI]
     raise ValueError(
         'logit_weight needs a segmentor with one decode_head that returns a map of logits, or a '
         'detector with an rpn_head and one roi_head.bbox_head (set it to 0 elsewhere), '
         f'got {type(model).__name__}'
     )
-
-
-def is_two_stage(model: nn.Module) -> bool:
-    """Return whether a model has a second stage with one head for the boxes."""
-    return ops.is_single(getattr(model, 'roi_head', None), 'bbox_head')
-
-
-def _has_queries(head: nn.Module) -> bool:
-    """Whether a head classifies queries, as those that mmseg takes over from mmdet do."""
-    return hasattr(head, 'num_queries')

@@ -168,7 +168,8 @@ class SparseBackbone(BaseModule):
             else:
                 gather = self.execution != 'masked'
                 decision = select_decision(log_probs, grid, ratio, selector, gather)
-        self.decisions.append(decision)
+        # torch.compile does not keep what _replace returns.
+        self.decisions.append(Decision(*decision[:6], size))
         return decision
 
     def execution_in(self, training: bool) -> str:

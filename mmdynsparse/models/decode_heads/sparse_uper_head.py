@@ -81,8 +81,8 @@ class SparseUPerHead(UPerHead):
         **kwargs: Arguments of mmseg's ``UPerHead``.
 
     Raises:
-        ValueError: If ``sparsity`` is not valid, or with it a convolution is not a plain one or a
-            norm is no batch norm.
+        ValueError: If ``sparsity`` is not valid, or with it a convolution is not a plain one, a
+            norm is no batch norm or there is one level only.
     """
 
     original: ClassVar[str] = 'UPerHead'
@@ -95,6 +95,11 @@ class SparseUPerHead(UPerHead):
             raise ValueError(f'sparsity.resolution must be True or False, got {self.resolution!r}')
         if sparsity is not None:
             check_conv_modules(self, 'conv_cfg and norm_cfg')
+            if len(self.in_channels) < 2:
+                raise ValueError(
+                    'in_channels must be of at least 2 levels in a sparse UPerHead, '
+                    f'got {self.in_channels}'
+                )
         self.decider = None
         if options:
             cells = CellSparsity.from_cfg(options)

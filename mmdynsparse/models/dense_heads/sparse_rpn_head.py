@@ -81,6 +81,10 @@ class SparseRPNHead(RPNHead):
         """Return class scores (B, A, H_i, W_i) and box deltas (B, 4 A, H_i, W_i) of all levels."""
         if not self.is_sparse:
             return super().forward(x)
+        if len(x) < SPARSE_LEVELS:
+            raise ValueError(
+                f'a sparse RPN head needs maps of at least {SPARSE_LEVELS} levels, got {len(x)}'
+            )
         decision, size = self._decide(x)
         if decision.keeps_all and not self.training:
             return super().forward(x)
@@ -140,6 +144,11 @@ class SparseRPNHead(RPNHead):
             table.index_copy_(0, rows.inner, torch.cat(kept, dim=1))
         score, delta = table_map(table, batch, hw).split((anchors, outs), dim=1)
         return score, delta
+
+    def loss_by_feat(self, cls_scores: list[Tensor], *args, **kwargs) -> dict:
+        """Return the losses; in eval mode dropped locations count as they do in training."""
+        scores = [score.masked_fill(score == -torch.inf, DROPPED_LOGIT) for score in cls_scores]
+        return super().loss_by_feat(scores, *args, **kwargs)
 
     def _bbox_post_process(self, results: InstanceData, *args, **kwargs) -> InstanceData:
         """Leave out what dropped locations would propose, then go on as ``RPNHead``."""

@@ -111,6 +111,46 @@ def test_features_of_regions(logit_weight, start, tiny):
     assert all(losses[f'loss_distill_{name.replace(".", "_")}'] > 0 for name in names)
 
 
+def test_regions_that_a_sampler_tries_are_not_compared(start, tiny):
+    """Student and teacher see the same regions, and say the same of them."""
+    changes = {'train_cfg.rcnn.sampler.type': 'OHEMSampler'}
+    features = {'roi_head.bbox_head': 1.0}
+    model, hook = start('det', tiny.build('det', changes=changes), features=features)
+    model.eval().backbone.set_keep_ratio(1.0)
+    regions = [], []
+    for part, counts in zip((model, hook._teacher), regions, strict=True):
+        part.roi_head.bbox_head.register_forward_hook(
+            lambda m, args, out, counts=counts: counts.append(len(out[0]))
+        )
+    losses = distilled(losses_of(tiny, model, 'det'))
+    assert len(regions[0]) == 3 and regions[1] == regions[0][-1:]
+    assert len(losses) == 3 and all(value.item() < 1e-6 for value in losses.values())
+
+
+def test_classes_that_are_decisions_of_their_own(start, tiny):
+    """A shift of all logits changes their sigmoids, not their softmax."""
+    losses = []
+    for sigmoid in (False, True):
+        changes = {'decode_head.loss_decode.use_sigmoid': sigmoid}
+        model, _ = start('seg', tiny.build('seg', changes=changes), features={})
+        model.eval().backbone.set_keep_ratio(1.0)
+        model.decode_head.conv_seg.bias.data += 5
+        losses.append(losses_of(tiny, model, 'seg')['loss_distill_logits'].item())
+    assert losses[0] < 1e-6 < 0.1 < losses[1]
+
+
+def test_features_beside_a_head_that_needs_labels(start, tiny):
+    """Those with queries, such as mmdet's that mmseg takes over, do not run on maps alone."""
+    model = tiny.build('seg')
+    forward = model.decode_head.forward
+    model.decode_head.num_queries = 10
+    model.decode_head.forward = lambda x, samples: forward(x)
+    model.decode_head.loss = lambda x, samples, cfg: dict(loss_ce=forward(x).square().mean())
+    model, _ = start('seg', model, logit_weight=0, features=dict(backbone=1.0))
+    perturb(model)
+    assert losses_of(tiny, model, 'seg')['loss_distill_backbone'] > 0
+
+
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_a_module_that_runs_once_for_each_level(with_cp, start, tiny):
     """All levels are compared; checkpointed activations do not run it again."""

@@ -273,6 +273,10 @@ def test_bad_sparsity(sparsity, message):
 def test_bad_norm_and_sizes():
     with pytest.raises(ValueError, match='must be a plain convolution and an affine batch norm'):
         build(dict(keep_ratio=0.5), norm_cfg=dict(type='GN', num_groups=4))
+    with pytest.raises(ValueError, match='with running statistics'):
+        build(dict(keep_ratio=0.5), norm_cfg=dict(type='BN', track_running_stats=False))
+    with pytest.raises(ValueError, match='at least 2 levels in a sparse UPerHead, got'):
+        build(dict(keep_ratio=0.5), in_channels=[12], in_index=[0])
     head = build(dict(keep_ratio=0.5))
     first, _, *others = maps()
     with pytest.raises(ValueError, match='half the height and width'):

@@ -191,6 +191,27 @@ def test_an_object_that_is_missed_raises_the_mask():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
 
 
+def test_losses_of_a_validation_are_those_of_training():
+    """A dropped location has no infinite loss, whichever way it is computed."""
+    gt = InstanceData(
+        bboxes=torch.tensor([[84.0, 52.0, 116.0, 84.0]]), labels=torch.zeros(1).long()
+    )
+    losses = []
+    for training, gather in ((True, False), (False, False), (False, True)):
+        head = build({}).train(training)
+        torch.manual_seed(0)  # anchors are sampled
+        out = head.loss_by_feat(*head(features(gather=gather)), [gt, gt], [META, META])
+        losses.append(torch.stack([torch.stack(value).sum() for value in out.values()]))
+    assert losses[0].isfinite().all()
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+
+
+def test_one_level():
+    with pytest.raises(ValueError, match='at least 2 levels, got 1'):
+        build(dict(keep_ratio=0.5))(maps()[:1])
+
+
 BAD = {
     'convs': (dict(num_convs=2), 'num_convs 1'),
     'softmax': (dict(loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False)), 'use_sigmoid'),
