@@ -3,6 +3,7 @@
 import multiprocessing as mp
 import os
 import random
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -206,6 +207,38 @@ def test_one_process_is_deterministic(tiny, tmp_path):
     assert first['losses'] == second['losses']
     other = train(tiny, tmp_path / 'other', range(6), 2, 3, randomness=dict(seed=1))
     assert first['losses'][2] != other['losses'][2]
+
+
+def test_a_resumed_training_is_the_whole_one(tiny, tmp_path, monkeypatch):
+    """With all hooks, in the middle of the schedules; what it draws at random aside."""
+    monkeypatch.setattr(
+        select.F, 'gumbel_softmax', lambda logits, tau, dim: (logits / tau).softmax(dim)
+    )
+    hooks = [
+        *HOOKS[:2],
+        dict(type='mmdynsparse.KeepRatioSchedule', begin=1, end=4),
+        dict(type='mmdynsparse.TemperatureSchedule', start=2.0, stop=1.0, end=4),
+        dict(type='mmdynsparse.FreezePretrained', iters=3),
+        dict(type='EMAHook'),
+    ]
+    saving = dict(checkpoint=dict(type='CheckpointHook', interval=2, by_epoch=False))
+    wrapper = dict(
+        optimizer=dict(type='AdamW', lr=1e-3),
+        constructor='mmdynsparse.FineTuneOptimWrapperConstructor',
+        paramwise_cfg=dict(pretrained_lr_mult=0.2),
+    )
+    run = partial(
+        train, tiny, tmp_path, range(10), 2, 5, hooks, optim_wrapper=wrapper, default_hooks=saving
+    )
+    whole = run()
+    whole_checkpoint = torch.load(tmp_path / 'iter_5.pth', weights_only=False)
+    resumed = run(load_from=str(tmp_path / 'iter_2.pth'), resume=True)
+    assert len(resumed['losses']) == 3
+    for expected, actual in zip(whole['losses'][2:], resumed['losses'], strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    checkpoint = torch.load(tmp_path / 'iter_5.pth', weights_only=False)
+    for name in ('state_dict', 'ema_state_dict'):
+        torch.testing.assert_close(checkpoint[name], whole_checkpoint[name])
 
 
 def test_checkpointed_activations_change_nothing(tiny, tmp_path):
