@@ -8,7 +8,7 @@ model = dict(
         frozen_stages=1,
         norm_cfg=dict(type='BN', requires_grad=True),
         norm_eval=True,
-        sparsity=dict(keep_ratio=0.5),
+        sparsity=dict(keep_ratio=0.7, fast_path=dict(type='mmdynsparse.LowRankFastPath')),
         init_cfg=dict(type='Pretrained', checkpoint=pretrained),
     ),
     neck=dict(in_channels=[256, 512, 1024, 2048]),

@@ -7,7 +7,7 @@ model = dict(
         depth=50,
         norm_cfg=dict(type='SyncBN', requires_grad=True),
         contract_dilation=True,
-        sparsity=dict(keep_ratio=0.5),
+        sparsity=dict(keep_ratio=0.7),
         init_cfg=dict(type='Pretrained', checkpoint=pretrained),
     ),
     decode_head=dict(in_channels=[256, 512, 1024, 2048]),
