@@ -131,7 +131,10 @@ def test_gradients():
 BAD = {
     'levels': (dict(end_level=1, num_outs=2), 'must have at least 3 levels, got 2'),
     'upsample': (dict(upsample_cfg=dict(mode='bilinear')), r"must be dict\(mode='nearest'\)"),
-    'norm': (dict(norm_cfg=dict(type='GN', num_groups=4)), 'an affine batch norm or None'),
+    'norm': (
+        dict(norm_cfg=dict(type='GN', num_groups=4)),
+        'an affine batch norm with running statistics or None',
+    ),
     'ratio': (dict(sparsity=dict(keep_ratio=1.5)), r'in \(0, 1\], got 1.5'),
     'predictor': (dict(sparsity=dict(keep_ratio=0.5, predictor=None)), 'must be a config'),
 }
