@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -358,22 +357,29 @@ def ratio_cell(line: Mapping) -> str:
 
 
 def plot(table: Sequence[Mapping], metric: str, path: Path) -> None:
-    """Draw accuracy against the whole model's latency."""
+    """Draw accuracy against the whole model's latency, over the dense one's in the same run."""
     figure = Figure(figsize=(7, 5))
     axes = figure.add_subplot()
-    axes.set_prop_cycle(color=colormaps['tab20'].colors)
+    # A colour for each study, a marker for each variant.
+    studies = list(dict.fromkeys(line['study'] for line in table))
+    markers = dict(
+        zip(dict.fromkeys(variant.name for variant in variants()), 's*o^vX', strict=True)
+    )
     groups = defaultdict(list)
     for line in table:
         if line['costs']:
-            point = line['costs']['ms whole'], float(np.mean(line['metrics'][metric]))
+            # Milliseconds of different runs differ by more than some variants do.
+            point = 1 / line['costs']['speed-up whole'], float(np.mean(line['metrics'][metric]))
             groups[line['study'], line['variant']].append((*point, line['ratio']))
     for (study, variant), points in groups.items():
         points = sorted(points)
-        axes.plot(*zip(*[p[:2] for p in points], strict=True), 'o-', label=f'{study}: {variant}')
+        xs, ys, _ = zip(*points, strict=True)
+        style = dict(color=f'C{studies.index(study)}', marker=markers[variant])
+        axes.plot(xs, ys, label=f'{study}: {variant}', markersize=7, **style)
         for x, y, ratio in points:
             if ratio is not None:
                 axes.annotate(f' {ratio}', (x, y))
-    axes.set(xlabel='latency of the whole model, ms', ylabel=metric)
+    axes.set(xlabel='latency of the whole model / that of the dense one', ylabel=metric)
     axes.legend(loc='upper left', bbox_to_anchor=(1.02, 1))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches='tight')
