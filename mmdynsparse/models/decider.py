@@ -79,6 +79,8 @@ class Decider(nn.Module):
             training it is always masked.
         follows: Whether the scores are those of the backbone's predictors.
         temperature: Of the Gumbel-softmax by which training samples, > 0; 1 unless changed.
+        extra_kept: Share of the cells that training keeps whatever the predictor says, in [0, 1];
+            0 unless changed, as ``KeepRatioSchedule`` does.
         has_ratio_loss: Whether something trains the predictor towards the keep ratio; set by
             ``SparsityHook``. A predictor that trains without it warns once.
 
@@ -99,6 +101,7 @@ class Decider(nn.Module):
         self.decisions: list[Decision] = []
         self.execution = 'gather'
         self.temperature = 1.0
+        self.extra_kept = 0.0
         self.has_ratio_loss = False
         self._warned = False
 
@@ -178,17 +181,20 @@ class Decider(nn.Module):
 
     def _decide(self, x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
         (ratio,) = self.keep_ratios
+        sampling = dict(temperature=self.temperature, selector=self.selector, extra=self.extra_kept)
         if self.predictor is not None and self.predictor.training:
             self._warn_without_loss(ratio)
             scores = self.predictor(x_BNC.detach())
-            return sample_decision(scores, hw, ratio, self.temperature, self.selector)
+            return sample_decision(scores, hw, ratio, **sampling)
         if ratio >= 1 or x_BNC.shape[-1] == 0:
             return keep_all(x_BNC, hw)
         if self.training and self.follows and x_BNC.requires_grad:
-            return sample_decision(x_BNC, hw, ratio, self.temperature, self.selector, exact=True)
+            return sample_decision(x_BNC, hw, ratio, exact=True, **sampling)
         if self.predictor is not None:
             with region('predictor'):
                 x_BNC = self.predictor(x_BNC)
+        if self.training:
+            ratio = 1 - (1 - ratio) * (1 - self.extra_kept)
         return select_decision(x_BNC, hw, ratio, self.selector, self.gathers)
 
     def _warn_without_loss(self, ratio: float) -> None:

@@ -60,6 +60,7 @@ def sample_decision(
     temperature: float = 1.0,
     selector: str = 'topk',
     exact: bool = False,
+    extra: float = 0.0,
 ) -> Decision:
     """Sample a decision for training, with a gradient for the predictor.
 
@@ -79,6 +80,10 @@ def sample_decision(
             noise makes most probable, whatever the probabilities add up to: for scores that were
             learned at another keep ratio. The decision's ratio is then that share, so that a
             ratio loss has no say. Defaults to False.
+        extra: Share of the locations that is kept whatever the predictor says, in [0, 1], at
+            random; nothing is learned from them. The decision's ratio becomes
+            1 - (1 - ratio) * (1 - extra), so a ratio loss pulls the predictor towards ``ratio``
+            all the same. Defaults to 0.
     """
     log_probs_BN2 = log_probs_BN2.float()
     if ratio >= 1:
@@ -94,6 +99,10 @@ def sample_decision(
         if exact:
             hard_BN = topk_mask(soft_BN.detach(), ratio)
             ratio = num_kept(soft_BN.shape[1], ratio) / soft_BN.shape[1]
+    if extra > 0 and ratio < 1:
+        extra_BN = torch.rand_like(soft_BN) < extra
+        soft_BN, hard_BN = soft_BN.masked_fill(extra_BN, 0.0), hard_BN.masked_fill(extra_BN, 1.0)
+        ratio = 1 - (1 - ratio) * (1 - extra)
     # The bracket is exactly zero, so the mask is exactly 0 or 1.
     mask_BN = hard_BN + (soft_BN - soft_BN.detach())
     return Decision(mask_BN, log_probs_BN2[..., 0], hw, ratio)

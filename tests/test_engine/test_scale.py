@@ -214,6 +214,7 @@ def test_a_resumed_training_is_the_whole_one(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
         select.F, 'gumbel_softmax', lambda logits, tau, dim: (logits / tau).softmax(dim)
     )
+    monkeypatch.setattr(select.torch, 'rand_like', lambda x: torch.full_like(x, 0.4))
     hooks = [
         *HOOKS[:2],
         dict(type='mmdynsparse.KeepRatioSchedule', begin=1, end=4),

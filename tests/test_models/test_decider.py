@@ -50,6 +50,19 @@ def test_scores_instead_of_a_predictor():
         assert decision.mask[0].tolist() == [1] * 6 + [0] * 6
 
 
+@pytest.mark.parametrize('predictor', [PREDICTOR, None, 'backbone'])
+def test_training_may_keep_more(predictor):
+    """Learned, given and followed scores; inference is at the keep ratio."""
+    decider = build(predictor)
+    decider.extra_kept = 1.0
+    x = cells() if predictor is PREDICTOR else torch.randn(2, 12, 2).log_softmax(-1)
+    x.requires_grad_(predictor == 'backbone')
+    decision = decider(x, (3, 4))
+    assert decision.mask.min() == decision.ratio == 1
+    decision = decider.eval()(x, (3, 4))
+    assert decision.ratio == 0.5 and decision.mask.sum(1).tolist() == [6, 6]
+
+
 def test_keep_ratio_one_needs_no_look():
     decider = build().eval()
     assert not decider.keeps_all

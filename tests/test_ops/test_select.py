@@ -184,6 +184,27 @@ def test_exact_sampling_keeps_the_budget_whatever_the_probabilities():
     assert (logits.grad > 0).all()
 
 
+@pytest.mark.parametrize('options', [{}, dict(exact=True), dict(selector='random')])
+def test_extra_locations_are_kept_and_teach_nothing(options):
+    logits = torch.randn(2, 6000, 2, requires_grad=True)
+    scores = logits.log_softmax(-1)
+    kept = sample_decision(scores, (60, 100), 0.4, **options).mask.mean().item()
+    decision = sample_decision(scores, (60, 100), 0.4, extra=0.75, **options)
+    assert decision.ratio == pytest.approx(0.85)
+    assert decision.mask.mean().item() == pytest.approx(1 - 0.25 * (1 - kept), abs=0.02)
+    (grad,) = torch.autograd.grad(decision.mask.sum(), logits)
+    share = grad.ne(0).any(-1).float().mean().item()
+    assert share == pytest.approx(0 if options.get('selector') else 0.25, abs=0.02)
+
+
+def test_all_locations_are_extra():
+    logits = torch.randn(2, 30, 2, requires_grad=True)
+    decision = sample_decision(logits.log_softmax(-1), (5, 6), 0.4, extra=1.0)
+    assert decision.ratio == 1 and torch.equal(decision.mask, torch.ones(2, 30))
+    (grad,) = torch.autograd.grad(decision.mask.sum(), logits)
+    assert not grad.any()
+
+
 def test_a_ratio_loss_has_no_say_in_exact_sampling():
     """Rounding down to 16 of 50 is not what the predictor did."""
     decision = sample_decision(log_probs(), (5, 10), 0.33, exact=True)

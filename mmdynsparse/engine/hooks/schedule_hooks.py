@@ -40,51 +40,30 @@ class _Ramp(Hook):
 
 @HOOKS.register_module()
 class KeepRatioSchedule(_Ramp):
-    """Lower the keep ratios linearly from 1 to the model's own.
+    """Lower the share that training keeps linearly from everything to the model's keep ratios.
 
-    Up to ``begin`` the model computes what the dense one does, and ``SparsityHook`` teaches the
-    predictors to keep: below 1 it is they who say how much is kept, and untrained ones keep half.
-    Validation uses the model's own ratios, so that checkpoints can be compared.
+    Of the locations, a falling share is kept at random whatever the predictors say. The ratio loss
+    pulls these to the model's own ratios from the start: predictors that first learned to keep
+    everything would have to unlearn it. Validation is at the model's own ratios.
 
     Args:
-        begin: Iteration up to which everything is kept, > 0.
-        end: Iteration from which the ratios are those of the model.
+        begin: Iteration up to which everything is kept, >= 0.
+        end: Iteration from which only the predictors say what is kept.
 
     Raises:
-        ValueError: If not 0 < ``begin`` < ``end``, or, before the first iteration, the training
+        ValueError: If not 0 <= ``begin`` < ``end``, or, before the first iteration, the training
             ends before ``end`` or the model has no sparse part.
     """
 
-    def __init__(self, begin: int, end: int) -> None:
-        super().__init__(begin, end)
-        if begin == 0:
-            raise ValueError(
-                'begin of KeepRatioSchedule must be above 0, because predictors must learn to keep '
-                'everything before the ratio falls, got 0'
-            )
-        self._targets = []
-
-    def before_train(self, runner: Runner) -> None:
-        """Remember the model's own ratios."""
-        super().before_train(runner)
-        self._targets = [list(part.keep_ratios) for part in self._parts]
-
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Set the ratios of this iteration."""
-        self._set(self._progress(runner))
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Set the model's own ratios up to the next iteration."""
-        self._set(1.0)
+        """Set the share of this iteration."""
+        for part in self._parts:
+            part.extra_kept = 1 - self._progress(runner)
 
     def after_train(self, runner: Runner) -> None:
-        """Set the model's own ratios."""
-        self._set(1.0)
-
-    def _set(self, progress: float) -> None:
-        # Not by set_keep_ratio: the targets have been checked, and it differs between parts.
-        for part, targets in zip(self._parts, self._targets, strict=True):
-            part.keep_ratios = [round(1 - progress * (1 - target), 6) for target in targets]
+        """Leave it to the predictors."""
+        for part in self._parts:
+            part.extra_kept = 0.0
 
 
 @HOOKS.register_module()

@@ -105,7 +105,9 @@ class SparsityHook(Hook):
         """Check the mean rates of the last iterations for collapse."""
         if self.every_n_train_iters(runner, CHECK_INTERVAL):
             rates = self._meter.pop()
-            if runner.iter >= self.warmup_iters:
+            # Under a KeepRatioSchedule the rates are not those of the predictors.
+            scheduled = any(part.extra_kept for part in self._parts)
+            if runner.iter >= self.warmup_iters and not scheduled:
                 self._warn_of_collapse(rates, f'in training up to iteration {runner.iter + 1}')
 
     def after_train(self, runner: Runner) -> None:
@@ -225,10 +227,8 @@ def sparsity_losses(
 
     ``loss_keep_ratio`` is ``weight * mean_i((mean(mask_i) - ratio_i) ** 2)`` over predictors i,
     the inner mean taken for each image (and the squares averaged) or over the batch
-    (Rao et al., T-PAMI 2023, section 3.4). Where everything is kept, the mean P(keep) takes the
-    mean mask's place: predictors learn to keep, and a schedule that lowers the ratio starts from
-    there. Where some decisions carry a gradient, the others, of frozen predictors or of none,
-    take no part in the loss.
+    (Rao et al., T-PAMI 2023, section 3.4). Where some decisions carry a gradient, the others, of
+    frozen predictors or of none, take no part in the loss.
 
     Args:
         decisions: Decisions with masks (B, N).
@@ -242,10 +242,9 @@ def sparsity_losses(
     if not decisions:
         return {}
     dims = 1 if per_image else (0, 1)
-    kept = [d.scores.exp() if d.keeps_all else d.mask for d in decisions]
-    triples = list(zip(kept, decisions, counts or [True] * len(kept), strict=True))
-    learned = [triple for triple in triples if triple[0].requires_grad and triple[2]] or triples
-    errors = [(k.mean(dims) - d.ratio).square().mean() for k, d, _ in learned]
+    pairs = list(zip(decisions, counts or [True] * len(decisions), strict=True))
+    learned = [d for d, may in pairs if d.mask.requires_grad and may] or decisions
+    errors = [(d.mask.mean(dims) - d.ratio).square().mean() for d in learned]
     rates = {f'keep_rate_{i}': d.mask.detach().mean() for i, d in enumerate(decisions)}
     return {'loss_keep_ratio': weight * torch.stack(errors).mean(), **rates}
 

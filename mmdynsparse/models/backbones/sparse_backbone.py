@@ -41,6 +41,8 @@ class SparseBackbone(BaseModule):
             everywhere and combines them by the mask. In training it is always masked, which lets
             the predictors learn from the task.
         temperature: Of the Gumbel-softmax by which training samples, > 0; 1 unless changed.
+        extra_kept: Share of the locations that training keeps whatever the predictors say, in
+            [0, 1]; 0 unless changed, as ``KeepRatioSchedule`` does.
         has_ratio_loss: Whether something trains the predictors towards the keep ratios; set by
             ``SparsityHook``. A sparse backbone that trains without it warns once.
 
@@ -74,6 +76,7 @@ class SparseBackbone(BaseModule):
         self.decisions: list[Decision] = []
         self.execution = 'gather'
         self.temperature = 1.0
+        self.extra_kept = 0.0
         self.has_ratio_loss = False
         self._warned = False
         self.register_forward_hook(_forget_exported)
@@ -164,7 +167,9 @@ class SparseBackbone(BaseModule):
                 else:
                     log_probs = predictor(cell_means(x_BCHW.detach(), size))
             if training:
-                decision = sample_decision(log_probs, grid, ratio, self.temperature, selector)
+                decision = sample_decision(
+                    log_probs, grid, ratio, self.temperature, selector, extra=self.extra_kept
+                )
             else:
                 gather = self.execution != 'masked'
                 decision = select_decision(log_probs, grid, ratio, selector, gather)

@@ -313,7 +313,9 @@ class SparseVisionTransformer(SparseBackbone):
         if among_BN is not None and (not self.training or selector == 'random'):
             log_probs = log_probs.masked_fill(among_BN.unsqueeze(-1) == 0, -torch.inf)
         if self.training:
-            decision = sample_decision(log_probs, hw, ratio, self.temperature, selector)
+            decision = sample_decision(
+                log_probs, hw, ratio, self.temperature, selector, extra=self.extra_kept
+            )
             if among_BN is not None:
                 decision = Decision(decision.mask * among_BN, *decision[1:])
         else:

@@ -166,6 +166,17 @@ def test_stages_may_share_a_decision(build, cell_size):
     assert grad.abs().max() > 0
 
 
+def test_training_may_keep_everything(build):
+    """As a KeepRatioSchedule begins: the ratios stay, and inference is at them."""
+    model = build()
+    model.extra_kept = 1.0
+    model.train()(torch.randn(2, 3, 160, 160))
+    assert all(d.mask.min() == d.ratio == 1 for d in model.decisions)
+    model.eval()(torch.randn(2, 3, 160, 160))
+    assert [d.ratio for d in model.decisions] == model.keep_ratios
+    assert all(d.mask.mean() < 1 for d in model.decisions)
+
+
 def test_keep_ratio_changes_on_the_built_model(build):
     model = build()
     x = torch.randn(2, 3, 160, 160)
