@@ -1,5 +1,5 @@
 # Attention and FFNs of stages 3 and 4 in cells of whole windows; stage 4 follows the predictor of
-# 3. Of a detector's first two stages nothing can be spared, as docs/study.md has measured.
+# 3. A detector loses most by its first two stages, as docs/study.md has measured.
 _base_ = './mask-rcnn_sparse-swin-t_fpn_1x_coco.py'
 sparsity = dict(
     keep_ratio=0.7,

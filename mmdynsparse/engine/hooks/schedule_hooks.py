@@ -42,12 +42,12 @@ class _Ramp(Hook):
 class KeepRatioSchedule(_Ramp):
     """Lower the share that training keeps linearly from everything to the model's keep ratios.
 
-    Of the locations, a falling share is kept at random whatever the predictors say. The ratio loss
-    pulls these to the model's own ratios from the start: predictors that first learned to keep
+    A falling share of the locations is kept at random, whatever the predictors say, while the
+    ratio loss pulls these to the model's own ratios: predictors that first learned to keep
     everything would have to unlearn it. Validation is at the model's own ratios.
 
     Args:
-        begin: Iteration up to which everything is kept, >= 0.
+        begin: Iteration up to which everything is kept and the predictors learn nothing, >= 0.
         end: Iteration from which only the predictors say what is kept.
 
     Raises:
