@@ -1,6 +1,7 @@
 """What the command line tools share: arguments, config, resume, errors and the runner."""
 
 import argparse
+import gc
 import os
 import os.path as osp
 import sys
@@ -202,6 +203,12 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def leave_process_group() -> None:
-    """End the communication of a distributed run, whose threads may abort the exit otherwise."""
+    """End the communication of a distributed run, whose threads may abort the exit otherwise.
+
+    They are joined where the last reference to the process group goes, and a runner that is
+    done still has one: it is a part of cycles. A thread of gloo that outlives the interpreter's
+    lock terminates the process (https://github.com/pytorch/pytorch/pull/179291).
+    """
     if dist.is_available() and dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
