@@ -2,7 +2,7 @@
 
 from .conv_norm import conv_norm, fold_norm
 from .fast_path import LinearFastPath, LowRankFastPath
-from .linear import FFN, Linear, fused_paths, linear_act, mlp_weights
+from .linear import FFN, Linear, linear_act, mlp_weights
 from .norm import LayerNorm2d
 from .patch import PatchEmbed, PatchMerging
 from .predictor import CellPredictor, LocalGlobalPredictor
@@ -24,7 +24,6 @@ __all__ = [
     'WindowMSA',
     'conv_norm',
     'fold_norm',
-    'fused_paths',
     'linear_act',
     'mlp_weights',
 ]

@@ -4,8 +4,8 @@ from mmcv.cnn import build_activation_layer
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
 
-from ..ops import Decision, linear, with_positions
-from ..ops.kernels import MlpWeights, get_kernel
+from ..ops import linear
+from ..ops.kernels import MlpWeights
 
 
 class Linear(nn.Linear):
@@ -37,34 +37,6 @@ def mlp_weights(
         raise ValueError(f'the activation must be GELU for fused kernels, got {act}')
     weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     return MlpWeights(norm.weight, norm.bias, norm.eps, *weights, gamma)
-
-
-def fused_paths(
-    x_BNC: Tensor,
-    residual_BNC: Tensor,
-    slow: MlpWeights,
-    fast_path: nn.Module | None,
-    decision: Decision,
-) -> Tensor:
-    """Do what ``ops.two_paths`` does, gathered, in Triton kernels on a CUDA device.
-
-    Args:
-        x_BNC: Tokens, (B, N, C), in the dtype of the weights.
-        residual_BNC: What the update is added to, (B, N, C).
-        slow: Parameters of the slow path.
-        fast_path: A :class:`LinearFastPath`, or None.
-        decision: Which locations are kept.
-
-    Returns:
-        (B, N, C)
-    """
-    if decision.kept is None:
-        decision = with_positions(decision)
-    fast = None if fast_path is None else fast_path.weights()
-    x, residual = x_BNC.flatten(0, 1), residual_BNC.flatten(0, 1)
-    sparse_mlp = get_kernel('sparse_mlp', 'triton')
-    out = sparse_mlp(x, residual, decision.kept, decision.dropped, slow, fast)
-    return out.view_as(residual_BNC)
 
 
 def _is_gelu(act: nn.Module) -> bool:

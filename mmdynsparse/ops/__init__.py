@@ -24,15 +24,16 @@ from .select import (
     SELECTORS,
     Decision,
     keep_all,
+    kept_and_dropped,
+    location_mask,
+    location_scores,
     num_kept,
     resize_scores,
     sample_decision,
     select_decision,
-    spread_decision,
-    with_positions,
 )
 from .tokens import TokenSubset, policy_softmax, put_tokens, take_tokens, token_subset
-from .two_paths import gathering_pays, two_paths
+from .two_paths import BREAK_EVEN, DENSE, EXECUTIONS, Plan, form_of, plan, two_paths
 from .windows import (
     WindowLayout,
     WindowRows,
@@ -44,11 +45,15 @@ from .windows import (
 )
 
 __all__ = [
+    'BREAK_EVEN',
+    'DENSE',
+    'EXECUTIONS',
     'FIXED_BUDGET',
     'REGIONS',
     'SELECTORS',
     'CellRows',
     'Decision',
+    'Plan',
     'TokenSubset',
     'WindowLayout',
     'WindowRows',
@@ -59,12 +64,16 @@ __all__ = [
     'cell_rows',
     'cell_table',
     'enlarge_rows',
-    'gathering_pays',
+    'form_of',
     'keep_all',
+    'kept_and_dropped',
     'kept_window_rows',
     'linear',
+    'location_mask',
+    'location_scores',
     'map_tiles',
     'num_kept',
+    'plan',
     'policy_softmax',
     'put_rows',
     'put_tiles',
@@ -76,7 +85,6 @@ __all__ = [
     'select_decision',
     'shift_mask',
     'sparse_table',
-    'spread_decision',
     'table_map',
     'take_tiles',
     'take_tokens',
@@ -85,5 +93,4 @@ __all__ = [
     'two_paths',
     'window_layout',
     'window_rows',
-    'with_positions',
 ]
