@@ -22,7 +22,6 @@ from ...ops import (
     cell_means,
     keep_all,
     linear,
-    plan,
     region,
     table_map,
     tile_rows,
@@ -60,38 +59,39 @@ class SparseRPNHead(RPNHead):
 
     def __init__(self, sparsity: Mapping | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.is_sparse = sparsity is not None
         self.decider = None
-        if self.is_sparse and (self.num_convs != 1 or not self.use_sigmoid_cls):
+        if sparsity is None:
+            return
+        if self.num_convs != 1 or not self.use_sigmoid_cls:
             raise ValueError(
                 'a sparse RPN head must have num_convs 1 and a loss_cls with use_sigmoid, '
                 f'got num_convs {self.num_convs}, use_sigmoid {self.use_sigmoid_cls}'
             )
-        if self.is_sparse and sparsity != {}:
-            predictor = dict(type='mmdynsparse.CellPredictor')
-            cells = CellSparsity.from_cfg(sparsity, predictor=predictor)
-            if not isinstance(cells.predictor, Mapping):
-                raise ValueError(
-                    'sparsity.predictor must be a config in an RPN head, '
-                    f'got {cells.predictor!r}; the decision of a SparseFPN takes sparsity=dict()'
-                )
-            self.cell_size = cells.cell_size
-            self.decider = Decider(cells, self.in_channels)
+        if sparsity == {}:
+            self.decider = Decider(None)
+            return
+        predictor = dict(type='mmdynsparse.CellPredictor')
+        cells = CellSparsity.from_cfg(sparsity, predictor=predictor)
+        if not isinstance(cells.predictor, Mapping):
+            raise ValueError(
+                'sparsity.predictor must be a config in an RPN head, '
+                f'got {cells.predictor!r}; the decision of a SparseFPN takes sparsity=dict()'
+            )
+        self.cell_size = cells.cell_size
+        self.decider = Decider(cells, self.in_channels)
 
     def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return class scores (B, A, H_i, W_i) and box deltas (B, 4 A, H_i, W_i) of all levels."""
-        if not self.is_sparse:
+        if self.decider is None:
             return super().forward(x)
         if len(x) < SPARSE_LEVELS:
             raise ValueError(
                 f'a sparse RPN head needs maps of at least {SPARSE_LEVELS} levels, got {len(x)}'
             )
-        decision = self._decide(x)
-        execution = 'gather' if self.decider is None else self.decider.execution
-        how = plan(decision, execution, self.training, of_cells=True)
-        if how.form == 'dense':
+        plan = self.decider.plan(self._decide(x))
+        if plan.form == 'dense':
             return super().forward(x)
-        outs = [self._sparse_level(x[i], how, i) for i in range(SPARSE_LEVELS)]
+        outs = [self._sparse_level(x[i], plan, i) for i in range(SPARSE_LEVELS)]
         outs += [self.forward_single(level) for level in x[SPARSE_LEVELS:]]
         scores, deltas = zip(*outs, strict=True)
         return list(scores), list(deltas)
@@ -99,7 +99,7 @@ class SparseRPNHead(RPNHead):
     def _decide(self, x: Sequence[Tensor]) -> Decision:
         """Return the neck's decision, or make one."""
         hw = tuple(x[0].shape[2:])
-        if self.decider is None:
+        if not self.decider.keep_ratios:
             decisions = getattr(x, 'decisions', ())
             # A backbone's decisions are not about these maps.
             if not decisions or decisions[-1].hw != hw or decisions[-1].cell_size % 2:
@@ -118,21 +118,21 @@ class SparseRPNHead(RPNHead):
         self.decider([decision])
         return decision
 
-    def _sparse_level(self, x: Tensor, how: Plan, level: int) -> tuple[Tensor, Tensor]:
+    def _sparse_level(self, x: Tensor, plan: Plan, level: int) -> tuple[Tensor, Tensor]:
         """Return scores and deltas of a level, for which dropped locations propose nothing."""
-        if how.gathers:
-            return self._in_cells(x, how, level)
+        if plan.gathers:
+            return self._in_cells(x, plan, level)
         score, delta = self.forward_single(x)
-        size = how.decision.cell_size >> level
-        mask = cell_mask(how.decision.mask, tuple(x.shape[2:]), size).to(score.dtype)
+        size = plan.decision.cell_size >> level
+        mask = cell_mask(plan.decision.mask, tuple(x.shape[2:]), size).to(score.dtype)
         if not self.training:
             return score.masked_fill(mask == 0, -torch.inf), delta * mask
         return score * mask + DROPPED_LOGIT * (1 - mask), delta * mask
 
-    def _in_cells(self, x: Tensor, how: Plan, level: int) -> tuple[Tensor, Tensor]:
+    def _in_cells(self, x: Tensor, plan: Plan, level: int) -> tuple[Tensor, Tensor]:
         batch, hw = len(x), tuple(x.shape[2:])
         anchors, outs = self.rpn_cls.out_channels, self.rpn_reg.out_channels
-        cells = kept_cells(how, x, level)
+        cells = kept_cells(plan, x, level)
         tiles = cells.tiles_of_map(x)
         with region('slow path'):
             tiles = F.conv2d(tiles, self.rpn_conv.weight, self.rpn_conv.bias)
@@ -154,7 +154,7 @@ class SparseRPNHead(RPNHead):
 
     def _bbox_post_process(self, results: InstanceData, *args, **kwargs) -> InstanceData:
         """Leave out what dropped locations would propose, then go on as ``RPNHead``."""
-        if self.is_sparse:
+        if self.decider is not None:
             scores = results.scores
             # Float16 and bfloat16 round a score by up to 0.4%.
             dropped = scores.new_tensor(DROPPED_LOGIT if self.training else -torch.inf).sigmoid()
