@@ -161,7 +161,7 @@ def test_follows_cells_of_any_size(hw):
     grid = cell_grid(hw, 28)
     centres = 28 * torch.arange(grid[1]) + 14.0
     logits = (centres / 10 - 6).expand(grid)
-    stride_16 = tuple(side // 4 for side in hw)
+    stride_16 = tuple(-(-side // 4) for side in hw)
     source = scored(logits)._replace(cell_size=7, hw=stride_16)
     decision = followed([source], hw)
     assert decision.grid == cell_grid(hw, 8)

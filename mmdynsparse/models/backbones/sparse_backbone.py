@@ -269,7 +269,7 @@ class StagedBackbone(SparseBackbone):
     def _predictors(self, stage: int) -> Sequence[nn.Module]:
         """Return the predictors of a stage, in a backbone that has all of them in one list."""
         first = sum(self.num_predictors(i) for i in range(stage))
-        return self.predictors[first : first + self.num_predictors(stage)]
+        return list(self.predictors)[first : first + self.num_predictors(stage)]
 
     @abstractmethod
     def _stem(self, x: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def test_decision_of_its_own(hw):
     head = build(dict(keep_ratio=0.25, predictor=dict(type='mmdynsparse.CellPredictor')))
     gathered = head(maps(hw))
     (decision,) = head.decider.decisions
-    cells = decision.hw[0] * decision.hw[1]
+    cells = decision.grid[0] * decision.grid[1]
     assert decision.mask.sum(1).tolist() == [cells // 4] * 2
     head.decider.execution = 'masked'
     close(gathered, head(maps(hw)))
@@ -184,9 +184,9 @@ def test_proposals(training):
 def test_an_object_that_is_missed_raises_the_mask():
     """The loss tells the mask to keep the location of an object."""
     head = build({}).train()
-    x = features(gather=False)
+    x = features()
     mask = x.decisions[0].mask.clone().requires_grad_()
-    x = Features(tuple(x), [x.decisions[0]._replace(mask=mask)], 8)
+    x = Features(tuple(x), [x.decisions[0]._replace(mask=mask)])
     # Of the size of an anchor of the finest level, in the dropped right half.
     boxes = torch.tensor([[84.0, 52.0, 116.0, 84.0]])
     gt = InstanceData(bboxes=boxes, labels=torch.zeros(1, dtype=torch.long))
@@ -203,10 +203,10 @@ def test_losses_of_a_validation_are_those_of_training():
         bboxes=torch.tensor([[84.0, 52.0, 116.0, 84.0]]), labels=torch.zeros(1).long()
     )
     losses = []
-    for training, gather in ((True, False), (False, False), (False, True)):
+    for training, execution in ((True, 'gather'), (False, 'masked'), (False, 'gather')):
         head = build({}).train(training)
         torch.manual_seed(0)  # anchors are sampled
-        out = head.loss_by_feat(*head(features(gather=gather)), [gt, gt], [META, META])
+        out = head.loss_by_feat(*run(head, features(), execution), [gt, gt], [META, META])
         losses.append(torch.stack([torch.stack(value).sum() for value in out.values()]))
     assert losses[0].isfinite().all()
     torch.testing.assert_close(losses[1], losses[0])
