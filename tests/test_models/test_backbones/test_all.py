@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
+from mmdynsparse.layers import LowRankFastPath
 from mmdynsparse.models.backbones import SparseBackbone
 from mmdynsparse.ops import SELECTORS
 from mmdynsparse.registry import MODELS as OWN_MODELS
@@ -250,6 +251,40 @@ def test_copies_and_pickles_after_training(build):
         assert twin.decisions == ()
         with torch.no_grad():
             assert max_diff(model.eval()(x), twin.eval()(x)) == 0
+
+
+def test_a_copy_of_a_compiled_backbone_runs_its_own_weights(build):
+    model = build()
+    model.compile(backend='eager')
+    torch._dynamo.reset()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        twin = copy.deepcopy(model)
+        for p in model.parameters():
+            p.zero_()
+        assert max_diff(twin(x), before) <= 1e-5
+        assert max_diff(model(x), before) > 1e-2
+
+
+@pytest.mark.parametrize('sparsity', [0.7, [0.7], 'sparse'])
+def test_sparsity_is_a_dict(build, sparsity):
+    cfg = {k: v for k, v in BACKBONES[build.family].items() if k != 'sparsity'}
+    with pytest.raises(ValueError, match='sparsity must be None or a dict with the keys'):
+        MODELS.build(dict(cfg, type=f'mmdynsparse.{build.family}', sparsity=sparsity))
+
+
+def test_parts_start_as_they_say(build):
+    """A light branch starts at zero, whatever a family does with its linear layers."""
+    if build.family == 'SparseVisionTransformer':
+        return  # it has no paths
+    model = build(sparsity=dict(fast_path=dict(type='mmdynsparse.LowRankFastPath', reduction=4)))
+    model.init_weights()
+    paths = [m for m in model.modules() if isinstance(m, LowRankFastPath)]
+    assert paths
+    for path in paths:
+        assert path.fc2.weight.abs().max() == path.fc2.bias.abs().max() == 0
+        assert path.fc1.weight.abs().max() > 0
 
 
 def test_bfloat16(build):
