@@ -7,19 +7,15 @@ from copy import deepcopy
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 
-from mmdynsparse.utils.cpu import adapt_to_cpu
-from mmdynsparse.utils.input_checks import (
-    check_checkpoint,
-    check_data,
-    check_not_empty,
-    check_weights,
-)
-from mmdynsparse.utils.launch import (
-    ToolParser,
+from mmdynsparse.utils.checkpoints import check_checkpoint, check_weights
+from mmdynsparse.utils.command_line.arguments import ToolParser
+from mmdynsparse.utils.command_line.cpu import adapt_to_cpu
+from mmdynsparse.utils.command_line.data_checks import check_data, check_not_empty
+from mmdynsparse.utils.command_line.errors import one_line_errors
+from mmdynsparse.utils.command_line.launch import (
     build_runner,
     leave_process_group,
     load_config,
-    one_line_errors,
 )
 
 FLIP_META_KEYS = (

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from mmengine.config import Config
 
-from mmdynsparse.utils.cpu import adapt_to_cpu
-from mmdynsparse.utils.input_checks import check_not_empty, check_training_inputs
-from mmdynsparse.utils.launch import (
-    ToolParser,
+from mmdynsparse.utils.command_line.arguments import ToolParser
+from mmdynsparse.utils.command_line.cpu import adapt_to_cpu
+from mmdynsparse.utils.command_line.data_checks import check_not_empty, check_training_inputs
+from mmdynsparse.utils.command_line.errors import one_line_errors
+from mmdynsparse.utils.command_line.launch import (
     build_runner,
     leave_process_group,
     load_config,
-    one_line_errors,
     set_resume,
 )
 

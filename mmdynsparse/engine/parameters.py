@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
-from ..utils.input_checks import NEW_PARTS, is_new
+from ..utils.checkpoints import NEW_PARTS, is_new
 
 
 def bare_model(runner: Runner) -> nn.Module:

@@ -254,7 +254,8 @@ def test_checkpointed_activations_change_nothing(tiny, tmp_path):
 
 def test_bfloat16(tiny, tmp_path):
     wrapper = dict(
-        type='mmdynsparse.utils.cpu.BFloat16OptimWrapper', optimizer=dict(type='SGD', lr=0.1)
+        type='mmdynsparse.utils.command_line.cpu.BFloat16OptimWrapper',
+        optimizer=dict(type='SGD', lr=0.1),
     )
     half = train(tiny, tmp_path / 'half', range(4), 2, 2, optim_wrapper=wrapper)
     full = train(tiny, tmp_path / 'full', range(4), 2, 2)

@@ -9,9 +9,9 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import nn
 
-from mmdynsparse.utils import cpu
-from mmdynsparse.utils.input_checks import check_checkpoint, check_weights
-from mmdynsparse.utils.launch import set_resume
+from mmdynsparse.utils.checkpoints import check_checkpoint, check_weights
+from mmdynsparse.utils.command_line import cpu
+from mmdynsparse.utils.command_line.launch import set_resume
 
 needs_no_gpu = pytest.mark.skipif(get_device() != 'cpu', reason='an accelerator is present')
 
@@ -89,7 +89,10 @@ def test_no_resume_keeps_the_config(tmp_path: Path) -> None:
 @needs_no_gpu
 @pytest.mark.parametrize(
     ('scope', 'wrapper'),
-    [('mmseg', 'mmdynsparse.utils.cpu.BFloat16OptimWrapper'), ('mmdet', 'OptimWrapper')],
+    [
+        ('mmseg', 'mmdynsparse.utils.command_line.cpu.BFloat16OptimWrapper'),
+        ('mmdet', 'OptimWrapper'),
+    ],
 )
 def test_mixed_precision_on_cpu(scope: str, wrapper: str) -> None:
     amp = dict(type='AmpOptimWrapper', loss_scale='dynamic', dtype='float16', clip_grad=None)

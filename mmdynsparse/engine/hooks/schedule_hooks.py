@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ...registry import HOOKS
-from ...utils.input_checks import NEW_PARTS, is_new
+from ...utils.checkpoints import NEW_PARTS, is_new
 from ..parameters import bare_model
 
 

@@ -16,7 +16,7 @@ from ...models.backbones import SparseBackbone
 from ...models.decider import Decider
 from ...ops import Decision
 from ...registry import HOOKS
-from ...utils.input_checks import check_backbone
+from ...utils.checkpoints import check_backbone
 from ..parameters import bare_model
 from .schedule_hooks import check_end
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...layers import LayerNorm2d, Linear, fused_paths, linear_act, mlp_weights
 from ...ops import Decision, gathering_pays, two_paths
 from ...registry import MODELS
-from ...utils.checkpoint import load_pretrained
+from ...utils.checkpoints import load_pretrained
 from .sparse_backbone import (
     SparseBackbone,
     build_part,

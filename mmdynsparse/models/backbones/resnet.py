@@ -31,7 +31,7 @@ from ...ops import (
     with_positions,
 )
 from ...registry import MODELS
-from ...utils.checkpoint import load_pretrained
+from ...utils.checkpoints import load_pretrained
 from .resnet_blocks import BasicBlock, Bottleneck, Cells, ResidualBlock
 from .sparse_backbone import (
     SparseBackbone,

@@ -22,7 +22,7 @@ from ...ops import (
     spread_decision,
 )
 from ...registry import MODELS
-from ...utils.input_checks import is_new
+from ...utils.checkpoints import is_new
 from ..features import is_exporting, with_decisions
 from ..sparsity import Sparsity
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA, fused_paths
 from ...ops import Decision, WindowRows, gathering_pays, region, two_paths, with_positions
 from ...registry import MODELS
-from ...utils.checkpoint import load_pretrained, resize_bias_table, resize_pos_embed
+from ...utils.checkpoints import load_pretrained, resize_bias_table, resize_pos_embed
 from .sparse_backbone import (
     SparseBackbone,
     build_part,

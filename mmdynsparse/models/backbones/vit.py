@@ -34,7 +34,7 @@ from ...ops import (
     token_subset,
 )
 from ...registry import MODELS
-from ...utils.checkpoint import load_pretrained, resize_pos_embed
+from ...utils.checkpoints import load_pretrained, resize_pos_embed
 from .sparse_backbone import SparseBackbone, build_part, checkpoint_cfg, may_be_new
 
 

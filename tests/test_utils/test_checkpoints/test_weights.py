@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmdynsparse.models import SparseResNet, SparseSwinTransformer
-from mmdynsparse.utils.input_checks import check_backbone
+from mmdynsparse.utils.checkpoints import check_backbone
 
 
 class Model(torch.nn.Module):

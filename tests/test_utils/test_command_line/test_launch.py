@@ -9,7 +9,7 @@ SCRIPT = """
 from pathlib import Path
 import torch
 from torch import distributed, nn
-from mmdynsparse.utils.launch import leave_process_group
+from mmdynsparse.utils.command_line.launch import leave_process_group
 
 def threads():
     return [path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')]
