@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mmengine.config import Config
 
+from mmdynsparse.utils.checkpoints import read_checkpoint
 from mmdynsparse.utils.command_line.arguments import ToolParser
 from mmdynsparse.utils.command_line.cpu import adapt_to_cpu
 from mmdynsparse.utils.command_line.data_checks import check_not_empty, check_training_inputs
@@ -89,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         adapt_to_cpu(cfg)
         runner = build_runner(cfg)
         check_not_empty(runner, 'train')
+        # An address is fetched only now that the processes of a distributed run know each other.
+        if '://' in (cfg.get('load_from') or ''):
+            read_checkpoint('load_from', cfg.load_from)
     with one_line_errors(runner):
         runner.train()
 
