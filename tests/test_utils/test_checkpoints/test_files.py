@@ -119,3 +119,7 @@ def test_reading_changes_nothing_for_other_readers(tmp_path):
     with pytest.raises(ValueError):
         check_checkpoint('src', str(tmp_path / 'own.pth'))
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_addresses_are_not_opened() -> None:
+    assert check_checkpoint('load_from', 'https://example.org/none.pth') == {}

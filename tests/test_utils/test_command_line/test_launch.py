@@ -3,6 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
+
+from mmdynsparse.utils.command_line.launch import set_resume
 
 # A wrapped model in a cycle, as a runner that is done leaves it, and the names of all threads.
 SCRIPT = """
@@ -31,3 +34,26 @@ def test_no_thread_of_the_process_group_is_left():
     run = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True)
     before, after = map(int, run.stdout.split())
     assert before > 0 and after == 0, run.stderr
+
+
+@pytest.mark.parametrize('setting', ['option', 'config'])
+def test_resume_without_checkpoint_starts_from_load_from(tmp_path: Path, setting: str) -> None:
+    load_from = 'dense.pth' if setting == 'option' else None
+    cfg = Config(dict(work_dir=str(tmp_path), load_from=load_from, resume=setting == 'config'))
+    set_resume(cfg, 'auto' if setting == 'option' else None)
+    assert cfg.load_from == load_from and not cfg.resume
+
+
+def test_resume_prefers_the_latest_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / 'last_checkpoint').write_text('runs/iter_8.pth')
+    cfg = Config(dict(work_dir=str(tmp_path), load_from='dense.pth'))
+    set_resume(cfg, 'auto')
+    assert cfg.load_from == 'runs/iter_8.pth' and cfg.resume
+    set_resume(cfg, 'other.pth')
+    assert cfg.load_from == 'other.pth' and cfg.resume
+
+
+def test_no_resume_keeps_the_config(tmp_path: Path) -> None:
+    cfg = Config(dict(work_dir=str(tmp_path), load_from='dense.pth'))
+    set_resume(cfg, None)
+    assert cfg.load_from == 'dense.pth' and not cfg.get('resume')
