@@ -1,4 +1,4 @@
-"""The parameters of a model in training: which are new, and learning rates for them."""
+"""The model of a training: its sparse parts, new parameters, and learning rates for them."""
 
 from collections.abc import Mapping
 
@@ -7,6 +7,8 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from ..models.backbones import SparseBackbone
+from ..models.decider import Decider
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from ..utils.checkpoints import NEW_PARTS, is_new
 
@@ -14,6 +16,11 @@ from ..utils.checkpoints import NEW_PARTS, is_new
 def bare_model(runner: Runner) -> nn.Module:
     """Return the model of a runner without the wrapper of distributed training."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def sparse_parts(model: nn.Module) -> list[SparseBackbone | Decider]:
+    """Return the parts of a model that make decisions, in its order."""
+    return [m for m in model.modules() if isinstance(m, SparseBackbone | Decider)]
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -260,10 +260,10 @@ def test_weights_of_another_model(
 
 DENSE = 'model["backbone"] = dict(model["backbone"], type="SwinTransformer")\n'
 DENSE += 'model["backbone"].pop("sparsity")\n'
-LATE = 'custom_hooks.append(dict(type="mmdynsparse.KeepRatioSchedule", begin=1, end=100))\n'
+LATE = 'custom_hooks.append(dict(type="mmdynsparse.FreezePretrained", iters=100))\n'
 REFUSED = {
     'dense model': (DENSE, 'SparsityHook needs a model with a sparse part'),
-    'schedule': (LATE, "end of KeepRatioSchedule must be at most the training's 4 iterations"),
+    'frozen': (LATE, "iters of FreezePretrained must be at most the training's 4 iterations"),
     'optimizer': (
         'optim_wrapper.update(constructor="mmdynsparse.FineTuneOptimWrapperConstructor", '
         'paramwise_cfg=dict(pretrained_lr_mult=2))\n',

@@ -3,22 +3,20 @@
 import logging
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_dist_info
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ...models.backbones import SparseBackbone
 from ...models.decider import Decider
 from ...ops import Decision
 from ...registry import HOOKS
-from ...utils.checkpoints import check_backbone
-from ..parameters import bare_model
-from .schedule_hooks import check_end
+from ..parameters import bare_model, sparse_parts
+from ..run_checks import check_architecture, check_end, compare_keep_ratios, write_keep_ratios
+from ..seeding import seed_each_process
 
 # Iterations between checks for collapse.
 CHECK_INTERVAL = 50
@@ -66,22 +64,17 @@ class SparsityHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Find the parts that make decisions and start to measure all their forwards."""
         self._model = bare_model(runner)
-        parts = (SparseBackbone, Decider)
-        self._parts = [m for m in self._model.modules() if isinstance(m, parts)]
+        self._parts = sparse_parts(self._model)
         if not self._parts:
             raise ValueError(
                 'SparsityHook needs a model with a sparse part, for example type='
                 f"'mmdynsparse.SparseSwinTransformer', got {type(self._model).__name__} without one"
             )
         self._meter = KeepRateMeter(self._parts)
-        self._targets = [ratio for part in self._parts for ratio in part.keep_ratios]
 
     def before_train(self, runner: Runner) -> None:
         """Add the ratio loss to what the model's forward returns in loss mode."""
-        rank, _ = get_dist_info()
-        if rank or runner.iter:
-            entropy = [torch.initial_seed(), rank, runner.iter]
-            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        seed_each_process(runner.iter)
         check_end(type(self).__name__, 'warmup_iters', self.warmup_iters, runner)
 
         def add_losses(module: nn.Module, args: tuple, kwargs: dict, losses: dict) -> dict | None:
@@ -105,9 +98,7 @@ class SparsityHook(Hook):
         """Check the mean rates of the last iterations for collapse."""
         if self.every_n_train_iters(runner, CHECK_INTERVAL):
             rates = self._meter.pop()
-            # Under a KeepRatioSchedule the rates are not those of the predictors.
-            scheduled = any(part.extra_kept for part in self._parts)
-            if runner.iter >= self.warmup_iters and not scheduled:
+            if runner.iter >= self.warmup_iters:
                 self._warn_of_collapse(rates, f'in training up to iteration {runner.iter + 1}')
 
     def after_train(self, runner: Runner) -> None:
@@ -138,23 +129,12 @@ class SparsityHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Write down the keep ratios that the training aims at."""
-        checkpoint['meta']['keep_ratios'] = self._targets
+        write_keep_ratios(self._model, checkpoint)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse another architecture, and warn of other keep ratios where training is resumed."""
-        model = bare_model(runner)
-        # Parts of a sharded model have other shapes.
-        if hasattr(model, 'backbone') and not isinstance(runner.model, FullyShardedDataParallel):
-            check_backbone(model, checkpoint.get('state_dict', checkpoint))
-        ratios = [r for m in model.modules() for r in getattr(m, 'keep_ratios', ())]
-        before = checkpoint.get('meta', {}).get('keep_ratios', ratios)
-        if runner._resume and before != ratios:
-            print_log(
-                f'The resumed training had the keep ratios {before}, this one has {ratios}: the '
-                'predictors must learn them in the iterations that are left.',
-                logger='current',
-                level=logging.WARNING,
-            )
+        check_architecture(runner, checkpoint)
+        compare_keep_ratios(runner, checkpoint)
 
     def _log_rates(self, runner: Runner, mode: str) -> None:
         rates = self._meter.pop()
@@ -194,9 +174,10 @@ class KeepRateMeter:
         self._images = dict.fromkeys(self._parts, 0)
 
     def _add(self, part: SparseBackbone | Decider, args: tuple, outputs: tuple) -> None:
-        if part.decisions:
-            rates = [d.mask.detach().mean() for d in part.decisions]
-            images = len(part.decisions[0].mask)
+        decisions = part.decisions
+        if decisions:
+            rates = [d.mask.detach().mean() for d in decisions]
+            images = len(decisions[0].mask)
             self._sums[part] = self._sums[part] + images * torch.stack(rates)
             self._images[part] += images
 

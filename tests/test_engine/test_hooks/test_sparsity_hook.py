@@ -10,7 +10,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mmdynsparse.engine import SparsityHook
+from mmdynsparse.engine import SparsityHook, run_checks
 from mmdynsparse.engine.hooks import sparsity_hook
 from mmdynsparse.engine.hooks.sparsity_hook import KeepRateMeter, collapse, sparsity_losses
 from mmdynsparse.models import SparseSwinTransformer
@@ -266,6 +266,17 @@ def test_checkpoint_of_another_backbone(tmp_path):
         torch.save(other, tmp_path / f'{name}.pth')
         with pytest.raises(ValueError, match=rf'load_from must hold the .*got \d+ .*{fault}'):
             run(tmp_path, load_from=str(tmp_path / f'{name}.pth'))
+
+
+def test_resume_with_other_keep_ratios_is_warned_of(training, warnings_of):
+    texts = warnings_of(run_checks)
+    training(iters=2)
+    training(iters=3, resume=True)
+    assert not texts
+    model = training.__globals__['Model'](keep_ratio=0.9)
+    training(iters=4, resume=True, model=model)
+    (text,) = texts
+    assert '[0.7, 0.5, 0.3]' in text and '[0.9, 0.7, 0.5]' in text
 
 
 def test_model_without_sparse_backbone_is_refused(tmp_path):
