@@ -1,4 +1,4 @@
-"""The parameters of a model in training: which are new, and learning rates for them."""
+"""The model of a training: its new parameters, and learning rates for them."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
-from ..utils.input_checks import NEW_PARTS, is_new
+from ..utils.checkpoints import NEW_PARTS, is_new
 
 
 def bare_model(runner: Runner) -> nn.Module:

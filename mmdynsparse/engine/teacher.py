@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..utils.input_checks import check_checkpoint, check_weights, is_new, read_checkpoint
+from ..utils.checkpoints import check_checkpoint, check_weights, is_new, read_checkpoint
 from .parameters import bare_model
 
 COPY_NAME = 'distillation_teacher.pth'

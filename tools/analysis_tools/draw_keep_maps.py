@@ -11,15 +11,12 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from torch import nn
 
-from mmdynsparse.analysis.command_line import AnalysisParser, at_least, check_device
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images
-from mmdynsparse.utils.input_checks import (
-    check_data,
-    check_weights,
-    is_new,
-    read_checkpoint,
-)
-from mmdynsparse.utils.launch import load_config, one_line_errors
+from mmdynsparse.utils.checkpoints import check_weights, is_new, read_checkpoint
+from mmdynsparse.utils.command_line.arguments import AnalysisParser, at_least, check_device
+from mmdynsparse.utils.command_line.data_checks import check_data
+from mmdynsparse.utils.command_line.errors import one_line_errors
+from mmdynsparse.utils.command_line.launch import load_config
 from mmdynsparse.visualization import draw_keep_maps
 
 

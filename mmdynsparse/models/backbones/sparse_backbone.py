@@ -23,8 +23,7 @@ from ...ops import (
     plan,
     resize_scores,
 )
-from ...utils.checkpoint import load_pretrained
-from ...utils.input_checks import is_new
+from ...utils.checkpoints import is_new, load_pretrained
 from ..decider import Decider, build_part
 from ..features import with_decisions
 from ..sparsity import Sparsity

@@ -21,7 +21,7 @@ from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA
 from ...ops import Plan, WindowRows, region, two_paths
 from ...ops.kernels import MlpWeights
 from ...registry import MODELS
-from ...utils.checkpoint import resize_bias_table, resize_pos_embed
+from ...utils.checkpoints import resize_bias_table, resize_pos_embed
 from ..decider import build_part
 from .sparse_backbone import StagedBackbone, checkpoint_cfg
 

@@ -31,7 +31,7 @@ from ...ops import (
     token_subset,
 )
 from ...registry import MODELS
-from ...utils.checkpoint import resize_pos_embed
+from ...utils.checkpoints import resize_pos_embed
 from .sparse_backbone import SparseBackbone, checkpoint_cfg
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from mmdynsparse.engine import DistillationHook
 from mmdynsparse.engine import teacher as teacher_module
-from mmdynsparse.utils.cpu import BFloat16OptimWrapper
+from mmdynsparse.utils.command_line.cpu import BFloat16OptimWrapper
 
 FEATURES = dict(seg={'backbone': 0.5, 'decode_head.fpn_bottleneck': 2.0}, det=dict(neck=0.5))
 LOSSES = dict(
