@@ -209,7 +209,7 @@ class Decider(nn.Module):
 
     def __getstate__(self) -> dict:
         """Copies and pickles leave the last decision, and its graph, behind."""
-        return {**self.__dict__, 'decisions': []}
+        return {**super().__getstate__(), 'decisions': []}
 
 
 def _last_fine(decisions: Sequence[Decision], grid: tuple[int, int]) -> Decision:

@@ -216,7 +216,7 @@ class SparseBackbone(BaseModule):
 
     def __getstate__(self) -> dict:
         """Copies and pickles leave the last forward's decisions, and their graph, behind."""
-        return {**self.__dict__, 'decisions': []}
+        return {**super().__getstate__(), 'decisions': []}
 
 
 def _forget_exported(backbone: SparseBackbone, args: tuple, outs: tuple) -> None:
