@@ -7,11 +7,12 @@ from itertools import product
 import torch
 from torch import nn
 
-from .calls import recorded_keep_rates
+from ..models.calls import replaced_methods
 from .dense import Pair
-from .execution import executed_by, forwards, with_keep_ratio
+from .execution import forwards, with_keep_ratio
 from .flops import count_macs
 from .images import image_batch
+from .keep_rates import recorded_keep_rates
 from .latency import compare_latency
 from .model_parts import part_calls, tensor_modules
 from .profiling import breakdown, model_breakdown, peak_memory
@@ -83,7 +84,7 @@ def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
         replacements = forwards(modules, plan.mode)
         for part in plan.parts:
             costs = {name: _costs(models[name], part, calls[name][part], plan) for name in models}
-            with executed_by(replacements):
+            with replaced_methods(replacements):
                 latencies = compare_latency(
                     {name: calls[name][part] for name in models}, plan.rounds, plan.warmup
                 )

@@ -1,7 +1,6 @@
 """Models compiled, captured in CUDA graphs, and copied without their weights."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import torch
@@ -49,18 +48,6 @@ def forwards(modules: Sequence[nn.Module], mode: str) -> dict[nn.Module, Callabl
     torch._dynamo.reset()
     torch._dynamo.config.cache_size_limit = COMPILED_COPIES
     return {module: torch.compile(module.forward, dynamic=False) for module in modules}
-
-
-@contextmanager
-def executed_by(replacements: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """Run modules by other functions than their ``forward`` until the end of the context."""
-    for module, function in replacements.items():
-        module.forward = function
-    try:
-        yield
-    finally:
-        for module in replacements:
-            del module.forward
 
 
 class CudaGraph:

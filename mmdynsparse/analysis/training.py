@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import torch
 from mmengine.config import Config
@@ -15,13 +16,13 @@ from ..engine.distillation import (
     ROI_INPUT,
     RPN,
     SEGMENTOR,
-    Taps,
     is_two_stage,
     run_parts,
     second_stage,
 )
 from ..engine.hooks.sparsity_hook import sparsity_losses
 from ..engine.teacher import keep_everything
+from ..models.calls import CallRecorder
 from .dense import Pair
 from .latency import compare_latency
 
@@ -81,13 +82,11 @@ def training_step(model: nn.Module, batch: dict) -> Callable[[], None]:
 
 def sampled_rois(model: nn.Module, batch: dict) -> Tensor:
     """Return the regions (R, 5) that a detector samples from a batch in training."""
-    taps = Taps(model, [ROI_INPUT, ROI])
-    taps.recording = True
+    recorder = CallRecorder({name: model.get_submodule(name) for name in (ROI_INPUT, ROI)})
+    data = model.data_preprocessor(deepcopy(batch), True)
     with torch.no_grad():
-        model(**model.data_preprocessor(deepcopy(batch), True), mode='loss')
-    _, rois = second_stage(taps.pop())
-    taps.close()
-    return rois
+        calls = recorder.record(partial(model, **data, mode='loss'))
+    return second_stage(calls)[1]
 
 
 def teacher_step(model: nn.Module, batch: dict, rois: Tensor | None) -> Callable[[], None]:

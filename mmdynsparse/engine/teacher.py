@@ -77,7 +77,7 @@ def copy_student(
     hooks = (h for m in student.modules() for h in (m._forward_hooks, m._forward_pre_hooks))
     teacher = deepcopy(student, {id(h): OrderedDict() for h in hooks})
     for module in teacher.modules():
-        module.__dict__.pop('forward', None)  # replaced on the student, and bound to it
+        vars(module).pop('forward', None)  # bound to the student, by mmengine's checkpointing
     keep_everything(teacher)
     path = osp.join(runner.work_dir, COPY_NAME)
     if runner.iter > 0:

@@ -12,7 +12,6 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mmdynsparse.analysis.calls import recorded_keep_rates
 from mmdynsparse.analysis.command_line import (
     AnalysisParser,
     at_least,
@@ -24,6 +23,7 @@ from mmdynsparse.analysis.command_line import (
 from mmdynsparse.analysis.dense import Pair
 from mmdynsparse.analysis.environment import environment
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images, image_batch
+from mmdynsparse.analysis.keep_rates import recorded_keep_rates
 from mmdynsparse.analysis.module_costs import CostMeter
 from mmdynsparse.analysis.report import print_setting, print_table, write_json
 from mmdynsparse.utils.input_checks import check_data
