@@ -125,9 +125,7 @@ def split_training(rank, tiny, folder, hooks):
 @needs_gloo
 def test_losses_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path, monkeypatch):
     """Two processes that accumulate two images are one batch of four."""
-    monkeypatch.setattr(
-        select.F, 'gumbel_softmax', lambda logits, tau, dim: (logits / tau).softmax(dim)
-    )
+    monkeypatch.setattr(select.F, 'gumbel_softmax', lambda logits, dim: logits.softmax(dim))
     hooks = HOOKS[:2]
     parts = spawn(split_training, tiny, tmp_path, hooks)
     build = with_group_norm(tiny)
@@ -208,9 +206,7 @@ def test_one_process_is_deterministic(tiny, tmp_path):
 
 def test_a_resumed_training_is_the_whole_one(tiny, tmp_path, monkeypatch):
     """With all hooks, while pretrained parameters are frozen; what it draws at random aside."""
-    monkeypatch.setattr(
-        select.F, 'gumbel_softmax', lambda logits, tau, dim: (logits / tau).softmax(dim)
-    )
+    monkeypatch.setattr(select.F, 'gumbel_softmax', lambda logits, dim: logits.softmax(dim))
     hooks = [
         *HOOKS[:2],
         dict(type='mmdynsparse.FreezePretrained', iters=3),
@@ -329,9 +325,7 @@ def sharded_training(rank, tiny, folder, hooks, iters=3, **kwargs):
 @needs_gloo
 def test_a_sharded_model_trains_as_a_whole_one(tiny, tmp_path, monkeypatch):
     """Frozen in the first iteration; learning in the second, seen in the third."""
-    monkeypatch.setattr(
-        select.F, 'gumbel_softmax', lambda logits, tau, dim: (logits / tau).softmax(dim)
-    )
+    monkeypatch.setattr(select.F, 'gumbel_softmax', lambda logits, dim: logits.softmax(dim))
     # The teacher has other weights than the student, and norms of a batch.
     torch.manual_seed(1)
     torch.save(tiny.build('seg', dense=True).state_dict(), tmp_path / 'teacher.pth')
@@ -359,9 +353,7 @@ def resumed_sharded_training(rank, tiny, folder):
 
 @needs_gloo
 def test_a_sharded_training_is_resumed(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        select.F, 'gumbel_softmax', lambda logits, tau, dim: (logits / tau).softmax(dim)
-    )
+    monkeypatch.setattr(select.F, 'gumbel_softmax', lambda logits, dim: logits.softmax(dim))
     for expected, resumed in spawn(resumed_sharded_training, tiny, tmp_path):
         assert len(expected) == 3 and len(resumed) == 1
         assert expected[2] == pytest.approx(resumed[0], rel=1e-5)

@@ -168,23 +168,22 @@ class KeepRateMeter:
 
     def reset(self) -> None:
         """Start anew."""
-        self._sums: dict[nn.Module, Tensor | float] = dict.fromkeys(self._deciders, 0.0)
-        self._images = dict.fromkeys(self._deciders, 0)
+        # Tensors alone: numbers would make a compiled model compile again at every forward.
+        self._sums: dict[nn.Module, Tensor] = {}
 
     def _add(self, decider: Decider, args: tuple[Sequence[Decision]], output: None) -> None:
-        rates = [d.mask.detach().mean() for d in args[0]]
-        images = len(args[0][0].mask)
-        self._sums[decider] = self._sums[decider] + images * torch.stack(rates)
-        self._images[decider] += images
+        rates = torch.stack([d.mask.detach().mean() for d in args[0]])
+        new = len(args[0][0].mask) * torch.cat((rates, torch.ones_like(rates[:1])))
+        self._sums[decider] = self._sums[decider] + new if decider in self._sums else new
 
     def pop(self) -> list[float]:
         """Return the means over all processes, NaN without a forward, and start anew."""
         means = []
-        for decider, total in self._sums.items():
-            sums = torch.as_tensor(total).expand(len(decider.keep_ratios))
-            packed = torch.cat((sums, sums.new_tensor([self._images[decider]])))
-            all_reduce(packed)
-            means += (packed[:-1] / packed[-1]).tolist()
+        for decider in self._deciders:
+            nothing = torch.zeros(len(decider.keep_ratios) + 1)
+            sums = self._sums.get(decider, nothing)  # over images, and the number of these
+            all_reduce(sums)
+            means += (sums[:-1] / sums[-1]).tolist()
         self.reset()
         return means
 
