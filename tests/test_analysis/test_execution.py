@@ -24,7 +24,7 @@ def test_copies_share_weights_and_have_their_own_ratio(swin):
     with torch.no_grad():
         copy(X)
     assert copy.decisions[0].mask.mean() == 0.25
-    assert swin.decisions == []
+    assert swin.decisions == ()
 
 
 def test_the_first_sparse_part_gets_the_ratio(swin):

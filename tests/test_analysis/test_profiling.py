@@ -150,7 +150,7 @@ def test_keep_rates_are_the_mean_over_all_calls():
         for ratios in ((0.5, 1.0), (0.25, 0.5)):
             for name, ratio in zip(('neck', 'head'), ratios, strict=True):
                 model[name].set_keep_ratio(ratio)
-                model[name](scores, (2, 4))
+                model[name]([model[name].decide(scores, (2, 4))])
     assert rates == [0.375, 0.75]
     assert not any(part._forward_hooks for part in model.values())
 
