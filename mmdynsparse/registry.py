@@ -24,11 +24,7 @@ class ModelRegistry(Registry):
         self.absent: dict[str, str] = {}
 
     def get(self, key: str) -> type | None:
-        """Return a registered class, as every registry.
-
-        Raises:
-            ValueError: If the library of this part is missing or does not import.
-        """
+        """Return what has this name, or raise a ValueError with the reason if it is absent."""
         self.import_from_location()
         if reason := self.absent.get(key.removeprefix(f'{self.scope}.')):
             raise ValueError(f'{key} must have its library, but {reason}')

@@ -13,17 +13,7 @@ from .parameters import bare_model
 
 
 def check_end(name: str, argument: str, value: int, runner: Runner) -> None:
-    """Check that what a hook does in the first iterations ends within the training.
-
-    Args:
-        name: Name of the hook.
-        argument: Name of its argument.
-        value: Iterations.
-        runner: The runner of the training.
-
-    Raises:
-        ValueError: If the training is shorter.
-    """
+    """Raise a ValueError if an argument of a hook is more iterations than the training has."""
     if value > runner.max_iters:
         raise ValueError(
             f"{argument} of {name} must be at most the training's {runner.max_iters} iterations, "
@@ -32,11 +22,7 @@ def check_end(name: str, argument: str, value: int, runner: Runner) -> None:
 
 
 def check_architecture(runner: Runner, checkpoint: dict) -> None:
-    """Check that a checkpoint is of the model's backbone.
-
-    Raises:
-        ValueError: If it is of another one.
-    """
+    """Raise a ValueError if a checkpoint is of another backbone than the model's."""
     model = bare_model(runner)
     # Parts of a sharded model have other shapes.
     if hasattr(model, 'backbone') and not isinstance(runner.model, FullyShardedDataParallel):

@@ -4,8 +4,4 @@ from .distillation_hook import DistillationHook
 from .freeze_hook import FreezePretrained
 from .sparsity_hook import SparsityHook
 
-__all__ = [
-    'DistillationHook',
-    'FreezePretrained',
-    'SparsityHook',
-]
+__all__ = ['DistillationHook', 'FreezePretrained', 'SparsityHook']

@@ -7,8 +7,8 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ...registry import HOOKS
-from ...utils.checkpoints import NEW_PARTS, is_new
-from ..parameters import bare_model
+from ...utils.checkpoints import NEW_PARTS
+from ..parameters import bare_model, new_parameters
 from ..run_checks import check_end
 
 
@@ -42,12 +42,9 @@ class FreezePretrained(Hook):
     def before_train(self, runner: Runner) -> None:
         """Hook on to the optimizer."""
         check_end(type(self).__name__, 'iters', self.iters, runner)
-        parameters = list(bare_model(runner).named_parameters())
-        frozen = [p for name, p in parameters if not is_new(name, self.new_parts)]
-        if len(frozen) == len(parameters):
-            raise ValueError(
-                f"new_parts must occur in the names of the model's parameters, got {self.new_parts}"
-            )
+        model = bare_model(runner)
+        new = new_parameters(model, self.new_parts)
+        frozen = [p for name, p in model.named_parameters() if name not in new]
 
         def drop_gradients(optimizer, args: tuple, kwargs: dict) -> None:
             if runner.iter < self.iters:

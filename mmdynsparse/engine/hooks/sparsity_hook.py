@@ -47,12 +47,7 @@ class SparsityHook(Hook):
             the checkpoint is of another backbone.
     """
 
-    def __init__(
-        self,
-        weight: float = 10.0,
-        per_image: bool = True,
-        warmup_iters: int = 0,
-    ) -> None:
+    def __init__(self, weight: float = 10.0, per_image: bool = True, warmup_iters: int = 0) -> None:
         for name, value in (('weight', weight), ('warmup_iters', warmup_iters)):
             if not value >= 0:
                 raise ValueError(f'{name} must be at least 0, got {value!r}')
@@ -106,21 +101,18 @@ class SparsityHook(Hook):
         for decider in self._deciders:
             decider.has_ratio_loss = False
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Forget what was measured before."""
-        self._meter.reset()
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        """Forget what was measured before a validation or test."""
+        if mode != 'train':
+            self._meter.reset()
 
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Forget what was measured before."""
-        self._meter.reset()
-
-    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Log the keep rates of the validation."""
-        self._log_rates(runner, 'val')
-
-    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Log the keep rates of the test."""
-        self._log_rates(runner, 'test')
+    def _after_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        """Log the keep rates of a validation or test."""
+        if mode != 'train':
+            rates = self._meter.pop()
+            for i, rate in enumerate(rates):
+                runner.message_hub.update_scalar(f'{mode}/eval_keep_rate_{i}', rate)
+            self._warn_of_collapse(rates, f'in {mode}')
 
     def after_run(self, runner: Runner) -> None:
         """Stop measuring."""
@@ -135,16 +127,9 @@ class SparsityHook(Hook):
         check_architecture(runner, checkpoint)
         compare_keep_ratios(runner, checkpoint)
 
-    def _log_rates(self, runner: Runner, mode: str) -> None:
-        rates = self._meter.pop()
-        for i, rate in enumerate(rates):
-            runner.message_hub.update_scalar(f'{mode}/eval_keep_rate_{i}', rate)
-        self._warn_of_collapse(rates, f'in {mode}')
-
     def _warn_of_collapse(self, rates: Sequence[float], when: str) -> None:
         for i, (rate, target) in enumerate(zip(rates, keep_ratios(self._model), strict=True)):
-            what = collapse(rate, target)
-            if what:
+            if what := collapse(rate, target):
                 print_log(
                     f'Predictor {i} keeps {what} ({rate:.3f} of the locations {when}, target '
                     f'{target}): raise the weight of SparsityHook or the learning rate of the '

@@ -19,41 +19,35 @@ from torch import serialization
 
 # From trainings of mmengine (by numpy 1 and 2), and of timm, DeiT, ConvNeXt and DynamicViT.
 LEFT_OUT = (
-    'argparse.Namespace',
-    'builtins.getattr',
-    'mmengine.config.config.ConfigDict',
-    'mmengine.logging.history_buffer.HistoryBuffer',
-    'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler',
-    'numpy._core.multiarray._reconstruct',
-    'numpy._core.multiarray.scalar',
-    'numpy.core.multiarray._reconstruct',
-    'numpy.core.multiarray.scalar',
-    'numpy.dtype',
-    'numpy.ndarray',
+    ('argparse', 'Namespace'),
+    ('builtins', 'getattr'),
+    ('mmengine.config.config', 'ConfigDict'),
+    ('mmengine.logging.history_buffer', 'HistoryBuffer'),
+    ('mmengine.optim.scheduler.param_scheduler', 'OneCycleParamScheduler'),
+    ('numpy', 'dtype'),
+    ('numpy', 'ndarray'),
+    ('numpy._core.multiarray', '_reconstruct'),
+    ('numpy._core.multiarray', 'scalar'),
+    ('numpy.core.multiarray', '_reconstruct'),
+    ('numpy.core.multiarray', 'scalar'),
 )
 # Variables of torch: they overrule what the caller of torch.load asks for.
 WEIGHTS_ONLY = dict(TORCH_FORCE_WEIGHTS_ONLY_LOAD='1', TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD='0')
-# These are no downloads: mmengine reads them itself, with a list of its own.
+# mmengine reads these itself, with a list of its own.
 STORES = re.compile(r'(\S+:)?(s3|petrel|pavi)://')
 
 
 class LeftOut:
-    """Stands in a checkpoint for an object that is not built."""
+    """Stands in a checkpoint for an object that is not built: it forgets arguments and state."""
 
     def __init__(self, *args: object) -> None:
-        """Take and forget the arguments of any object."""
+        pass
 
-    def __setstate__(self, state: object) -> None:
-        """Forget the state."""
-
-
-def _stand_in(path: str) -> type[LeftOut]:
-    # torch finds what it may build by module and name.
-    module, name = path.rsplit('.', 1)
-    return type(name, (LeftOut,), {'__module__': module})
+    __setstate__ = __init__
 
 
-STAND_INS = [_stand_in(path) for path in LEFT_OUT]
+# torch finds what it may build by module and name.
+STAND_INS = [type(name, (LeftOut,), {'__module__': module}) for module, name in LEFT_OUT]
 
 
 def check_checkpoint(argument: str, path: str, resume: bool = False) -> dict:
@@ -74,21 +68,7 @@ def check_checkpoint(argument: str, path: str, resume: bool = False) -> dict:
     """
     if '://' in path:
         return {}
-    if not osp.isfile(osp.expanduser(path)):
-        raise ValueError(f'{argument} must be an existing checkpoint, got {path!r}')
-    try:
-        with _stand_ins():
-            checkpoint = torch.load(osp.expanduser(path), map_location='cpu', weights_only=True)
-    except Exception as error:
-        _refuse_objects(argument, path, error)
-        raise ValueError(
-            f'{argument} must be a checkpoint that torch.load can read, got {path!r}, which is '
-            f'corrupt or of another format ({type(error).__name__}: {_reason(error)})'
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(
-            f'{argument} must hold a dict of weights, got a {type(checkpoint).__name__} in {path!r}'
-        )
+    checkpoint = read_checkpoint(argument, path)
     if resume and not {'meta', 'message_hub'} <= checkpoint.keys():
         raise ValueError(
             f'{argument} must be a checkpoint of a training run (with meta and message_hub) to '
@@ -102,30 +82,39 @@ def read_checkpoint(argument: str, path: str) -> dict:
 
     Args:
         argument: Name of the argument for the message.
-        path: As of :func:`check_checkpoint`.
+        path: Path of the file, or an address.
 
     Raises:
         ValueError: As :func:`check_checkpoint`.
     """
-    return check_checkpoint(argument, path) or _fetch(argument, path)
-
-
-def _fetch(argument: str, address: str) -> dict:
+    if '://' not in path and not osp.isfile(osp.expanduser(path)):
+        raise ValueError(f'{argument} must be an existing checkpoint, got {path!r}')
     try:
-        # mmengine asks torch.load for every object.
-        with _stand_ins(address), patch.dict(os.environ, WEIGHTS_ONLY):
-            return CheckpointLoader.load_checkpoint(address, map_location='cpu')
-    except UnpicklingError as error:
-        _refuse_objects(argument, address, error)
-        raise
+        checkpoint = _load(path)
+    except Exception as error:
+        raise ValueError(f'{argument} must {_fault(path, error)}') from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f'{argument} must hold a dict of weights, got a {type(checkpoint).__name__} in {path!r}'
+        )
+    return checkpoint
+
+
+def _load(path: str) -> object:
+    if '://' not in path:
+        with _may_build(STAND_INS):
+            return torch.load(osp.expanduser(path), map_location='cpu', weights_only=True)
+    classes = [] if STORES.match(path) else STAND_INS
+    # mmengine asks torch.load for every object.
+    with _may_build(classes), patch.dict(os.environ, WEIGHTS_ONLY):
+        return CheckpointLoader.load_checkpoint(path, map_location='cpu')
 
 
 @contextmanager
-def _stand_ins(address: str = '') -> Iterator[None]:
-    """Let torch.load read what is left out; nothing changes for other readers, or afterwards."""
+def _may_build(classes: list[type]) -> Iterator[None]:
+    """Let torch.load build classes beside tensors and plain values; afterwards all is as before."""
     before = serialization.get_safe_globals()
-    if not STORES.match(address):
-        serialization.add_safe_globals(STAND_INS)
+    serialization.add_safe_globals(classes)
     try:
         yield
     finally:
@@ -133,23 +122,21 @@ def _stand_ins(address: str = '') -> Iterator[None]:
         serialization.add_safe_globals(before)
 
 
-def _refuse_objects(argument: str, path: str, error: Exception) -> None:
-    """Raise a ValueError if the error is of a file with objects, and say how to convert it."""
-    known = 'GLOBAL ' in str(error) or is_zipfile(osp.expanduser(path))  # of torch, not any file
-    if not isinstance(error, UnpicklingError) or not known:
-        return
+def _fault(path: str, error: Exception) -> str:
+    """Say what a file must be, and what it is: one with other objects can be converted."""
+    refused = re.search(r'GLOBAL (\S+)', str(error))
+    reason = str(error).split('WeightsUnpickler error:')[-1].strip().split('\n')[0][:200]
+    written_by_torch = refused or is_zipfile(osp.expanduser(path))
+    if not isinstance(error, UnpicklingError) or not written_by_torch:
+        return (
+            f'be a checkpoint that torch.load can read, got {path!r}, which is missing, corrupt or '
+            f'of another format ({type(error).__name__}: {reason})'
+        )
     file = 'the downloaded file' if '://' in path else path
-    raise ValueError(
-        f'{argument} must hold weights and plain values, got {path!r} with more '
-        f'({_reason(error)}), which may run any code when it is built. If you trust the file, '
-        f'write its weights to another one: python -c "import torch; x = torch.load({file!r}, '
-        "weights_only=False); torch.save({'state_dict': x.get('state_dict', x.get('model', x))}, "
-        "'weights.pth')\""
-    ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return what is wrong in one line, without torch's advice."""
-    if refused := re.search(r'GLOBAL (\S+)', str(error)):
-        return refused[1]
-    return str(error).split('WeightsUnpickler error:')[-1].strip().split('\n')[0][:200]
+    return (
+        f'hold weights and plain values, got {path!r} with more '
+        f'({refused[1] if refused else reason}), which may run any code when it is built. If you '
+        'trust the file, write its weights to another one: '
+        f'python -c "import torch; x = torch.load({file!r}, weights_only=False); '
+        "torch.save({'state_dict': x.get('state_dict', x.get('model', x))}, 'weights.pth')\""
+    )

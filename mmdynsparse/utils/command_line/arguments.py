@@ -13,14 +13,7 @@ LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
 class ToolParser(argparse.ArgumentParser):
-    """Argument parser that reports a wrong command line in one line.
-
-    Args:
-        description: What the tool does, for ``--help``.
-    """
-
-    def __init__(self, description: str) -> None:
-        super().__init__(description=description)
+    """Argument parser that reports a wrong command line in one line."""
 
     def add_run_arguments(self) -> None:
         """Adds the arguments that training and testing have in common."""
@@ -70,7 +63,7 @@ class AnalysisParser(ToolParser):
     """
 
     def __init__(self, description: str) -> None:
-        super().__init__(description)
+        super().__init__(description=description)
         self.add_argument('config', help='config file of the sparse model')
         self.add_argument(
             'checkpoint', nargs='?', help='checkpoint file; random weights without one'

@@ -102,11 +102,9 @@ def _check_dataset(dataset: dict, name: str) -> None:
 
 def _is_local(path: object, node: dict) -> bool:
     backend = (node.get('backend_args') or {}).get('backend', 'local')
-    return isinstance(path, str) and path != '' and backend == 'local' and not _has_scheme(path)
-
-
-def _has_scheme(path: str) -> bool:
-    return '://' in path or path.startswith('s3:')
+    if not isinstance(path, str) or path == '' or backend != 'local':
+        return False
+    return '://' not in path and not path.startswith('s3:')
 
 
 def check_not_empty(runner: Runner, split: str) -> None:

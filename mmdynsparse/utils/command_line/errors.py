@@ -19,8 +19,7 @@ class _EpochBegan(Hook):
     def before_train_epoch(self, runner: Runner) -> None:
         self.began = True
 
-    def before_test_epoch(self, runner: Runner) -> None:
-        self.began = True
+    before_test_epoch = before_train_epoch
 
 
 @contextmanager
