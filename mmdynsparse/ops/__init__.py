@@ -18,7 +18,7 @@ from .cells import (
 from .linear import linear
 from .regions import REGIONS, region
 from .resize import enlarge_rows
-from .rows import put_rows
+from .rows import put_rows, shapes_may_vary
 from .select import (
     FIXED_BUDGET,
     SELECTORS,
@@ -40,7 +40,8 @@ from .windows import (
     relative_position_index,
     shift_mask,
     window_layout,
-    window_rows,
+    window_partition,
+    window_unpartition,
 )
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     'resize_scores',
     'sample_decision',
     'select_decision',
+    'shapes_may_vary',
     'shift_mask',
     'sparse_table',
     'spread_decision',
@@ -84,6 +86,7 @@ __all__ = [
     'token_subset',
     'two_paths',
     'window_layout',
-    'window_rows',
+    'window_partition',
+    'window_unpartition',
     'with_positions',
 ]

@@ -1,21 +1,146 @@
-"""Where the tokens of a map stand in its attention windows.
+"""Attention windows of a map, whole or in part.
 
-Pure functions of shapes. Padding to whole windows, the cyclic shift and the partition into
-windows are one permutation, so they cost one gather instead of four copies of the map. Dimension
-letters: B images, L windows of one image, T = window_size ** 2 tokens of a window, N = H * W; of
-a decision, K kept tokens, A windows that hold one and R tokens in these.
+Dense attention cuts the map into windows and puts them back: ``window_partition`` and
+``window_unpartition``. Sparse attention reads some windows only, through index tables:
+``kept_window_rows``.
+
+Source: Liu et al., *Swin Transformer* (arXiv 2103.14030), sections 3.2-3.3. Dimension letters: B
+images, H x W tokens of a map, N = H * W, C channels; L windows of one image, T = window_size ** 2
+tokens of a window, h heads, D = C / h; of a decision, K kept tokens, A windows that hold one and R
+tokens in these. Where all windows attend, A = B * L.
 """
 
+from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .caching import cached
+from .cells import cell_grid
+from .rows import plain_inference, shapes_may_vary
 
 # Share of windows that attend, or of tokens with a query, above which all of them do: no more than
 # a tenth would be saved.
 BREAK_EVEN = 0.9
+
+
+def window_partition(
+    x_BHWC: Tensor,
+    window_size: int,
+    shift: int = 0,
+    padding: Tensor | None = None,
+    split: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """Cut maps into windows as Swin does: pad right and bottom, roll by ``-shift``, cut.
+
+    A 3 x 3 map in windows of 2 x 2 with shift 1, where ``.`` is padding::
+
+        map      padded     rolled       windows
+        1 2 3    1 2 3 .    5 6 | . 4    5 6   . 4   . .   . .
+        4 5 6    4 5 6 .    8 9 | . 7    8 9   . 7   2 3   . 1
+        7 8 9    7 8 9 .    ----+----
+                 . . . .    . . | . .
+                            2 3 | . 1
+
+    Args:
+        x_BHWC: The maps.
+        window_size: Side of a window, in tokens.
+        shift: Cyclic shift in tokens, 0 <= shift < window_size. Defaults to 0.
+        padding: (C,), what the padding holds. Defaults to None, zero.
+        split: Number P of parts (queries, keys, values) and h of heads that make up the channels,
+            C = P * h * D. Defaults to (1, 1).
+
+    Returns:
+        (P, B * L, h, T, D): the windows of an image row by row, and so their tokens.
+    """
+    if padding is None:
+        padding = x_BHWC.new_zeros(x_BHWC.shape[3])
+    if plain_inference(x_BHWC):
+        return _partition_at_once(x_BHWC, window_size, shift, padding, split)
+    x = x_BHWC
+    for dim in (1, 2):
+        missing = -x.shape[dim] % window_size
+        if missing:
+            shape = (*x.shape[:dim], missing, *x.shape[dim + 1 :])
+            x = torch.cat((x, padding.to(x.dtype).expand(shape)), dim)
+    if shift:
+        x = x.roll((-shift, -shift), (1, 2))
+    x = x.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size))
+    x = x.transpose(2, 3).reshape(-1, window_size**2, *split, x.shape[-1] // (split[0] * split[1]))
+    return x.permute(2, 0, 3, 1, 4)
+
+
+def window_unpartition(
+    windows_AhTD: Tensor, hw: tuple[int, int], window_size: int, shift: int = 0
+) -> Tensor:
+    """Put the windows of maps together, the inverse of :func:`window_partition` for one part.
+
+    Args:
+        windows_AhTD: All windows of the maps, A = B * L.
+        hw: Height and width of the maps.
+        window_size: Side of a window, in tokens.
+        shift: Cyclic shift in tokens. Defaults to 0.
+
+    Returns:
+        (B, H, W, C), without the padding.
+    """
+    x = windows_AhTD.transpose(1, 2).unflatten(1, (window_size, window_size))
+    x = x.unflatten(0, (-1, *cell_grid(hw, window_size))).transpose(2, 3)
+    if plain_inference(x):
+        maps = x.new_empty(len(x), *hw, *x.shape[-2:])
+        for in_map, in_grid in _blocks(hw, window_size, shift):
+            block = x[in_grid]
+            maps[in_map].view(block.shape).copy_(block)
+        return maps.flatten(3)
+    x = x.flatten(5).flatten(3, 4).flatten(1, 2)
+    if shift:
+        x = x.roll((shift, shift), (1, 2))
+    return x[:, : hw[0], : hw[1]]
+
+
+def _partition_at_once(
+    x_BHWC: Tensor, window_size: int, shift: int, padding: Tensor, split: tuple[int, int]
+) -> Tensor:
+    """Do what ``window_partition`` does in one copy of the map instead of five."""
+    x = x_BHWC.unflatten(3, (*split, -1))
+    b, h, w, parts, heads, dims = x.shape
+    grid = (b, *cell_grid((h, w), window_size))
+    windows = x.new_empty(parts, *grid, heads, window_size, window_size, dims)
+    # As the map is: (B, rows, side, columns, side, parts, h, D).
+    slots = windows.permute(1, 2, 5, 3, 6, 0, 4, 7)
+    if h % window_size or w % window_size:
+        slots[:, (h - shift) // window_size :] = padding.view(x.shape[3:])
+        slots[:, :, :, (w - shift) // window_size :] = padding.view(x.shape[3:])
+    for in_map, in_grid in _blocks((h, w), window_size, shift):
+        block = slots[in_grid]
+        block.copy_(x[in_map].view(block.shape))
+    return windows.flatten(5, 6).flatten(1, 3)
+
+
+def _blocks(hw: tuple[int, int], window_size: int, shift: int) -> Iterator[tuple]:
+    """Yield where each block lies: in maps (B, H, W), in windows (B, rows, side, columns, side)."""
+    for y, x in product(*(_pieces(size, window_size, shift) for size in hw)):
+        yield (slice(None), y[0], x[0]), (slice(None), *y[1:], *x[1:])
+
+
+def _pieces(size: int, window_size: int, shift: int) -> list[tuple[slice, slice, slice]]:
+    """Cut an axis of a map into what fills windows, the rest, and what the shift moves to the end.
+
+    Returns:
+        For each piece its positions, its windows, and the offsets that it has in them.
+    """
+    start = min(shift, size)
+    whole, rest = divmod(size - start, window_size)
+    last, offset = (size - 1) // window_size, window_size - shift
+    end = start + whole * window_size
+    pieces = [
+        (slice(start, end), slice(0, whole), slice(0, window_size)),
+        (slice(end, size), slice(whole, whole + 1), slice(0, rest)),
+        (slice(0, start), slice(last, last + 1), slice(offset, offset + start)),
+    ]
+    return [piece for piece in pieces if piece[0].start < piece[0].stop]
 
 
 class WindowLayout(NamedTuple):
@@ -96,34 +221,13 @@ def _rolled(count: int, shift: int, end: int, device: torch.device) -> Tensor:
     return torch.where(i < end, i, i - end)
 
 
-@cached
-def window_rows(
-    batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int, device: torch.device
-) -> WindowRows:
-    """Find the rows of all windows and all tokens.
-
-    Args:
-        batch: Number of images.
-        hw: Height and width of the maps.
-        window_size: Side of a window, in tokens.
-        shift: Cyclic shift, in tokens.
-        heads: Attention heads.
-        device: Where the index tensors are put.
-    """
-    layout, t = window_layout(batch, hw, window_size, shift, device), window_size**2
-    window = layout.slots // t
-    out_rows = _out_rows(window, layout.slots - window * t, t, heads)
-    kv_rows = _head_rows(layout.tokens.flatten(0, 1), 3, heads)
-    return WindowRows(None, None, None, None, kv_rows, out_rows)
-
-
 def kept_window_rows(
     kept_K: Tensor, batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int
 ) -> WindowRows:
     """Find the rows of the windows that hold a kept token, and of the kept tokens in them.
 
-    How many windows there are depends on the decision. Where shapes must be static, in compiled
-    code and on CUDA, it is always all of them.
+    How many windows there are depends on the decision. Where shapes may not depend on it
+    (``shapes_may_vary``) all windows attend.
 
     Args:
         kept_K: Positions in the flattened (B * N) batch of tokens, int64.
@@ -139,8 +243,9 @@ def kept_window_rows(
     window_K = slot_K // t
     offset_K = slot_K - window_K * t
     place_AT, windows, tokens, queries = layout.tokens.flatten(0, 1), None, None, kept_K
-    if not (torch.compiler.is_compiling() or kept_K.is_cuda):
-        holds = torch.zeros(len(place_AT), dtype=torch.bool).index_fill_(0, window_K, True)
+    if shapes_may_vary(device):
+        holds = torch.zeros(len(place_AT), dtype=torch.bool, device=device)
+        holds = holds.index_fill_(0, window_K, True)
         if holds.sum() <= BREAK_EVEN * len(holds):
             windows = holds.nonzero().squeeze(1)
             tokens, place_AT = _places(place_AT.index_select(0, windows), count)

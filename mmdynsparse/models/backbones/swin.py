@@ -292,6 +292,9 @@ class SparseSwinTransformer(SparseBackbone):
         sparsity: Where and how much the model is sparse, see
             :class:`~mmdynsparse.models.sparsity.Sparsity`; None is the dense model. Defaults to
             None.
+        shift_small_maps: Whether windows are shifted on maps whose shorter side fits into one
+            window: True as in mmseg and mmdet, False as in the original Swin repository. A
+            checkpoint whose metadata names it overrules this. Defaults to True.
 
     Raises:
         ValueError: If ``sparsity``, ``strides``, ``out_indices`` or ``init_cfg`` is not valid.
@@ -327,6 +330,7 @@ class SparseSwinTransformer(SparseBackbone):
         frozen_stages: int = -1,
         init_cfg: dict | None = None,
         sparsity: Mapping | None = None,
+        shift_small_maps: bool = True,
     ) -> None:
         super().__init__(sparsity, depths, checkpoint_cfg(init_cfg, pretrained))
         if strides[0] != patch_size:
@@ -372,6 +376,7 @@ class SparseSwinTransformer(SparseBackbone):
                 qkv_bias=qkv_bias,
                 qk_scale=qk_scale,
                 attn_drop_rate=attn_drop_rate,
+                shift_small_maps=shift_small_maps,
             )
             self.stages.append(stage)
         for i in self.out_indices:
@@ -445,20 +450,27 @@ class SparseSwinTransformer(SparseBackbone):
         if self.init_cfg is None:
             print_log(f'{type(self).__name__} starts from random weights', logger='current')
             return
-        source = 'swin' if self.convert_weights else 'mmdet'
+        source, shift = 'swin' if self.convert_weights else 'mmdet', self.shift_small_maps
         load_pretrained(self, self.init_cfg['checkpoint'], source, may_be_new)
-        # ``convert_weights`` is mmdet's, and mmdet shifts the windows of small maps.
+        # ``convert_weights`` is mmdet's, which takes the weights and shifts as it is told.
         if self.convert_weights:
-            self._shift_small_maps(True)
+            self.shift_small_maps = shift
 
-    def _shift_small_maps(self, shift: bool) -> None:
+    @property
+    def shift_small_maps(self) -> bool:
+        """Whether windows are shifted on maps whose shorter side fits into one window."""
+        return self.stages[0].blocks[0].attn.shift_small_maps
+
+    @shift_small_maps.setter
+    def shift_small_maps(self, shift: bool) -> None:
         for m in self.modules():
             if isinstance(m, ShiftWindowMSA):
                 m.shift_small_maps = shift
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         """Fit a checkpoint of another window or image size."""
-        self._shift_small_maps(local_metadata.get('shift_small_maps', True))
+        if 'shift_small_maps' in local_metadata:
+            self.shift_small_maps = local_metadata['shift_small_maps']
         own = {prefix + k: v for k, v in self.state_dict().items()}
         for name in [k for k in state_dict if k.startswith(prefix)]:
             if name not in own or state_dict[name].shape == own[name].shape:
@@ -477,5 +489,4 @@ class SparseSwinTransformer(SparseBackbone):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, '_metadata'):
-            shift = self.stages[0].blocks[0].attn.shift_small_maps
-            destination._metadata[prefix[:-1]]['shift_small_maps'] = shift
+            destination._metadata[prefix[:-1]]['shift_small_maps'] = self.shift_small_maps
