@@ -22,6 +22,7 @@ from ..ops import (
     window_partition,
     window_unpartition,
 )
+from ..ops.rows import plain_inference
 from .linear import Linear
 
 
@@ -78,26 +79,35 @@ class WindowMSA(BaseModule):
         """
         if q.device.type != 'cpu':
             return self._fused(q, k, v, mask)
-        bias = self._bias()
-        attn = (q * self.scale) @ k.transpose(-2, -1)
-        attn = attn.to(bias.dtype).add_(bias)
-        if mask is not None:
-            self._add_mask(attn, mask, windows)
+        attn = self._logits(q, k, mask, windows)
         return self.attn_drop(attn.softmax(-1)) @ v
 
-    def _add_mask(self, attn: Tensor, mask: Tensor, windows: Tensor | None) -> None:
+    def _logits(self, q: Tensor, k: Tensor, mask: Tensor | None, windows: Tensor | None) -> Tensor:
+        bias, k = self._bias(), k.transpose(-2, -1)
+        if not plain_inference(q) or q.dtype != bias.dtype:
+            logits = (q * self.scale) @ k + bias
+            return logits if mask is None else self._add_mask(logits, mask, windows)
+        # The product is added to the bias: two passes over memory less.
+        logits = bias.expand(len(q), -1, -1, -1).contiguous()
+        if mask is not None:
+            self._add_mask(logits, mask, windows)
+        out, factors = logits.flatten(0, 1), (q.flatten(0, 1), k.flatten(0, 1))
+        return torch.baddbmm(out, *factors, alpha=self.scale, out=out).view_as(logits)
+
+    def _add_mask(self, logits: Tensor, mask: Tensor, windows: Tensor | None) -> Tensor:
         """Add the mask in place, to the last row and the last column: elsewhere it is 0."""
         rows, cols = mask.shape[:2]
         if windows is None:
-            grid = attn.unflatten(0, (-1, rows, cols))
+            grid = logits.unflatten(0, (-1, rows, cols))
             grid[:, -1] += mask[-1]
             grid[:, :-1, -1] += mask[:-1, -1]
-            return
+            return logits
         place = windows % (rows * cols)
         at_edge = (place >= (rows - 1) * cols) | (place % cols == cols - 1)
         edge = at_edge.nonzero().squeeze(1)
         masks = mask.flatten(0, 1).index_select(0, place.index_select(0, edge))
-        attn.index_add_(0, edge, masks.to(attn.dtype).expand(-1, attn.shape[1], -1, -1))
+        masks = masks.to(logits.dtype).expand(-1, logits.shape[1], -1, -1)
+        return logits.index_add_(0, edge, masks)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         bias, shape = self._bias(), q.shape
