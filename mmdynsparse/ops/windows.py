@@ -59,14 +59,14 @@ def window_partition(
         padding = x_BHWC.new_zeros(x_BHWC.shape[3])
     if plain_inference(x_BHWC):
         return _partition_at_once(x_BHWC, window_size, shift, padding, split)
-    x = x_BHWC
+    x, padding = x_BHWC, padding.to(x_BHWC.dtype)
     for dim in (1, 2):
-        missing = -x.shape[dim] % window_size
-        if missing:
-            shape = (*x.shape[:dim], missing, *x.shape[dim + 1 :])
-            x = torch.cat((x, padding.to(x.dtype).expand(shape)), dim)
-    if shift:
-        x = x.roll((-shift, -shift), (1, 2))
+        tokens, gap, moved, rest = _lengths(x.shape[dim], window_size, shift)
+        start, end = x.split((moved, tokens), dim)
+        shapes = ((*x.shape[:dim], n, *x.shape[dim + 1 :]) for n in (gap, rest))
+        gap, rest = (padding.expand(shape) for shape in shapes)
+        parts = [part for part in (end, gap, start, rest) if part.shape[dim]]
+        x = torch.cat(parts, dim) if len(parts) > 1 else x
     x = x.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size))
     x = x.transpose(2, 3).reshape(-1, window_size**2, *split, x.shape[-1] // (split[0] * split[1]))
     return x.permute(2, 0, 3, 1, 4)
@@ -95,9 +95,10 @@ def window_unpartition(
             maps[in_map].view(block.shape).copy_(block)
         return maps.flatten(3)
     x = x.flatten(5).flatten(3, 4).flatten(1, 2)
-    if shift:
-        x = x.roll((shift, shift), (1, 2))
-    return x[:, : hw[0], : hw[1]]
+    for dim, size in enumerate(hw, 1):
+        end, _, start, _ = x.split(_lengths(size, window_size, shift), dim)
+        x = torch.cat((start, end), dim) if shift else end
+    return x
 
 
 def _partition_at_once(
@@ -117,6 +118,12 @@ def _partition_at_once(
         block = slots[in_grid]
         block.copy_(x[in_map].view(block.shape))
     return windows.flatten(5, 6).flatten(1, 3)
+
+
+def _lengths(size: int, window_size: int, shift: int) -> tuple[int, int, int, int]:
+    """Lengths along a shifted axis: tokens, padding, tokens moved to the end, padding."""
+    moved = min(shift, size)
+    return size - moved, size + -size % window_size - max(size, shift), moved, shift - moved
 
 
 def _blocks(hw: tuple[int, int], window_size: int, shift: int) -> Iterator[tuple]:
@@ -169,8 +176,8 @@ class WindowRows(NamedTuple):
         kv_rows: (P * A * heads * T,) int64, rows of a (R [+ 1], P, heads) table of keys and values,
             P = 2, or without ``queries`` of queries, keys and values, P = 3. Slots in the padding
             read the row behind the last token.
-        out_rows: Rows of a (A, heads, T) table of results that are those of the B * N tokens, or
-            of the K kept ones, for each head.
+        out_rows: (K * heads,) int64, rows of a (A, heads, T) table of results: those of the kept
+            tokens.
     """
 
     windows: Tensor | None
@@ -185,40 +192,22 @@ class WindowRows(NamedTuple):
 def window_layout(
     batch: int, hw: tuple[int, int], window_size: int, shift: int, device: torch.device
 ) -> WindowLayout:
-    """Lay out windows as Swin does: pad right and bottom, roll by ``-shift``, partition.
+    """Find where :func:`window_partition` puts the tokens.
 
     Args:
         batch: Number of images.
         hw: Height and width of the maps.
         window_size: Side of a window, in tokens.
-        shift: Cyclic shift towards the top left, in tokens, 0 <= shift < window_size.
+        shift: Cyclic shift in tokens, 0 <= shift < window_size.
         device: Where the index tensors are put.
     """
-    h, w = hw
-    rows, cols = -(-h // window_size), -(-w // window_size)
-    end_y, end_x = rows * window_size, cols * window_size
-    image_B11 = torch.arange(batch, device=device).view(batch, 1, 1)
-
-    # Closed forms, which a compiler computes where they are read: first what a slot holds.
-    y, x = _rolled(end_y, shift, end_y, device), _rolled(end_x, shift, end_x, device)
-    y, x = y.view(rows, 1, window_size, 1), x.view(cols, 1, window_size)
-    token_LT = (y * w + x).reshape(rows * cols, -1)
-    inside_LT = ((y < h) & (x < w)).reshape(rows * cols, -1)
-    tokens = torch.where(inside_LT, token_LT + image_B11 * (h * w), batch * h * w)
-
-    # Then where a token stands.
-    y, x = _rolled(h, end_y - shift, end_y, device), _rolled(w, end_x - shift, end_x, device)
-    row, col = (y // window_size).view(h, 1), x // window_size
-    y, x = y.view(h, 1) - row * window_size, x - col * window_size
-    slot_HW = (row * cols + col) * window_size**2 + y * window_size + x
-    slots = slot_HW.flatten() + image_B11[..., 0] * (end_y * end_x)
-    return WindowLayout(tokens, slots)
-
-
-def _rolled(count: int, shift: int, end: int, device: torch.device) -> Tensor:
-    """Return ``(i + shift) % end`` for i < count <= end; inductor fails on the ``%`` itself."""
-    i = torch.arange(count, device=device) + shift
-    return torch.where(i < end, i, i - end)
+    token_BHWC = torch.arange(batch * hw[0] * hw[1], device=device).view(batch, *hw, 1)
+    padding = token_BHWC.new_full((1,), token_BHWC.numel())
+    token_AhTD = window_partition(token_BHWC, window_size, shift, padding)[0]
+    slot_AhTD = torch.arange(token_AhTD.numel(), device=device).view(token_AhTD.shape)
+    slot_BHWC = window_unpartition(slot_AhTD, hw, window_size, shift)
+    tokens = token_AhTD.reshape(batch, -1, window_size**2)
+    return WindowLayout(tokens, slot_BHWC.reshape(batch, -1))
 
 
 def kept_window_rows(
