@@ -18,7 +18,7 @@ from .cells import (
 from .linear import linear
 from .regions import REGIONS, region
 from .resize import enlarge_rows
-from .rows import put_rows
+from .rows import put_rows, shapes_may_vary
 from .select import (
     FIXED_BUDGET,
     SELECTORS,
@@ -41,7 +41,8 @@ from .windows import (
     relative_position_index,
     shift_mask,
     window_layout,
-    window_rows,
+    window_partition,
+    window_unpartition,
 )
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     'resize_scores',
     'sample_decision',
     'select_decision',
+    'shapes_may_vary',
     'shift_mask',
     'sparse_table',
     'table_map',
@@ -92,5 +94,6 @@ __all__ = [
     'token_subset',
     'two_paths',
     'window_layout',
-    'window_rows',
+    'window_partition',
+    'window_unpartition',
 ]

@@ -145,19 +145,13 @@ class SwinStage(BaseModule):
     Args:
         blocks: The blocks.
         predictors: What decides before some of them, nothing in a stage that follows.
-        downsample: The merging after the stage, or None.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[SwinBlock],
-        predictors: Sequence[nn.Module],
-        downsample: PatchMerging | None,
-    ) -> None:
+    def __init__(self, blocks: Sequence[SwinBlock], predictors: Sequence[nn.Module]) -> None:
         super().__init__()
         self.blocks = ModuleList(blocks)
         self.predictors = ModuleList(predictors)
-        self.downsample = downsample
+        self.downsample: PatchMerging | None = None
 
 
 @MODELS.register_module()
@@ -196,6 +190,9 @@ class SparseSwinTransformer(StagedBackbone):
         sparsity: Where and how much the model is sparse, see
             :class:`~mmdynsparse.models.sparsity.Sparsity`; None is the dense model. Defaults to
             None.
+        shift_small_maps: Whether windows are shifted on maps whose shorter side fits into one
+            window: True as in mmseg and mmdet, False as in the original Swin repository. A
+            checkpoint whose metadata names it overrules this. Defaults to True.
 
     Raises:
         ValueError: If ``sparsity``, ``strides``, ``out_indices`` or ``init_cfg`` is not valid.
@@ -231,6 +228,7 @@ class SparseSwinTransformer(StagedBackbone):
         frozen_stages: int = -1,
         init_cfg: dict | None = None,
         sparsity: Mapping | None = None,
+        shift_small_maps: bool = True,
     ) -> None:
         cfg = checkpoint_cfg(init_cfg, pretrained)
         super().__init__(sparsity, depths, out_indices, frozen_stages, cfg)
@@ -251,36 +249,47 @@ class SparseSwinTransformer(StagedBackbone):
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, num_patches, embed_dims))
         self.drop_after_pos = nn.Dropout(drop_rate)
 
-        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(tuple(depths))
         self.stages = ModuleList()
-        for i, (dims, depth) in enumerate(zip(self.num_features, depths, strict=True)):
-            blocks = [
-                SwinBlock(
-                    dims,
-                    num_heads[i],
-                    feedforward_channels=int(mlp_ratio * dims),
-                    window_size=window_size,
-                    shift=j % 2 == 1,
-                    drop_rate=drop_rate,
-                    drop_path_rate=next(drop_path),
-                    act_cfg=act_cfg,
-                    norm_cfg=norm_cfg,
-                    with_cp=with_cp,
-                    fast_path=self.fast_path_cfg(i, j),
-                    sparse_attention=self.sparse_attention,
-                    qkv_bias=qkv_bias,
-                    qk_scale=qk_scale,
-                    attn_drop_rate=attn_drop_rate,
-                )
-                for j in range(depth)
-            ]
-            merging = None
+        for i, dims in enumerate(self.num_features):
+            stage = self._build_stage(
+                i,
+                dims,
+                rates[i].tolist(),
+                num_heads=num_heads[i],
+                feedforward_channels=int(mlp_ratio * dims),
+                window_size=window_size,
+                drop_rate=drop_rate,
+                act_cfg=act_cfg,
+                norm_cfg=norm_cfg,
+                with_cp=with_cp,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                attn_drop_rate=attn_drop_rate,
+                shift_small_maps=shift_small_maps,
+            )
             if i < len(depths) - 1:
-                merging = PatchMerging(dims, 2 * dims, strides[i + 1], patch_norm_cfg)
-            self.stages.append(SwinStage(blocks, self.build_predictors(i, dims), merging))
+                stage.downsample = PatchMerging(dims, 2 * dims, strides[i + 1], patch_norm_cfg)
+            self.stages.append(stage)
         for i in self.out_indices:
             self.add_module(f'norm{i}', build_norm_layer(norm_cfg, self.num_features[i])[1])
         self._freeze()
+
+    def _build_stage(
+        self, i: int, dims: int, drop_path_rates: Sequence[float], **block_kwargs
+    ) -> SwinStage:
+        blocks = [
+            SwinBlock(
+                dims,
+                shift=j % 2 == 1,
+                drop_path_rate=rate,
+                fast_path=self.fast_path_cfg(i, j),
+                sparse_attention=self.sparse_attention,
+                **block_kwargs,
+            )
+            for j, rate in enumerate(drop_path_rates)
+        ]
+        return SwinStage(blocks, self.build_predictors(i, dims))
 
     @property
     def sparse_attention(self) -> bool:
@@ -339,19 +348,27 @@ class SparseSwinTransformer(StagedBackbone):
 
     def init_weights(self) -> None:
         """Initialize as Swin does, then load the checkpoint of ``init_cfg`` if there is one."""
+        shift = self.shift_small_maps
         super().init_weights()
-        # ``convert_weights`` is mmdet's, and mmdet shifts the windows of small maps.
+        # ``convert_weights`` is mmdet's, which takes the weights and shifts as it is told.
         if self.convert_weights:
-            self._shift_small_maps(True)
+            self.shift_small_maps = shift
 
-    def _shift_small_maps(self, shift: bool) -> None:
+    @property
+    def shift_small_maps(self) -> bool:
+        """Whether windows are shifted on maps whose shorter side fits into one window."""
+        return self.stages[0].blocks[0].attn.shift_small_maps
+
+    @shift_small_maps.setter
+    def shift_small_maps(self, shift: bool) -> None:
         for m in self.modules():
             if isinstance(m, ShiftWindowMSA):
                 m.shift_small_maps = shift
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         """Fit a checkpoint of another window or image size."""
-        self._shift_small_maps(local_metadata.get('shift_small_maps', True))
+        if 'shift_small_maps' in local_metadata:
+            self.shift_small_maps = local_metadata['shift_small_maps']
         own = {prefix + k: v for k, v in self.state_dict().items()}
         for name in [k for k in state_dict if k.startswith(prefix)]:
             if name not in own or state_dict[name].shape == own[name].shape:
@@ -370,8 +387,7 @@ class SparseSwinTransformer(StagedBackbone):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, '_metadata'):
-            shift = self.stages[0].blocks[0].attn.shift_small_maps
-            destination._metadata[prefix[:-1]]['shift_small_maps'] = shift
+            destination._metadata[prefix[:-1]]['shift_small_maps'] = self.shift_small_maps
 
 
 def _tokens(x_BCHW: Tensor) -> Tensor:

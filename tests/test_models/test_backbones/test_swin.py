@@ -321,6 +321,20 @@ def test_frozen_stages_select(frozen, sampled, tiny_swin, randomize):
     assert [d.count is None for d in model.decisions] == sampled
 
 
+def test_small_maps_are_shifted_as_the_model_says_unless_the_checkpoint_does(tiny_swin):
+    def shifts(model):
+        return {block.attn.shift_small_maps for stage in model.stages for block in stage.blocks}
+
+    model = SparseSwinTransformer(**tiny_swin, shift_small_maps=False)
+    shifted = SparseSwinTransformer(**tiny_swin)
+    assert shifts(model) == {False} and shifts(shifted) == {True}
+    model.load_state_dict(dict(shifted.state_dict()))
+    model.load_state_dict({}, strict=False)
+    assert shifts(model) == {False}
+    model.load_state_dict(shifted.state_dict())
+    assert shifts(model) == {True} and model.shift_small_maps
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
