@@ -201,49 +201,35 @@ class SparseVisionTransformer(SparseBackbone):
             fast_path=None,
         )
         self.reactivate = reactivate
-        norm_cfg = norm_cfg or dict(type='LN')
-        act_cfg = act_cfg or dict(type='GELU')
-        if patch_pad != 'corner':
-            raise ValueError(f"patch_pad must be 'corner', got {patch_pad!r}")
-        if output_cls_token and not with_cls_token:
-            raise ValueError('output_cls_token needs with_cls_token, got with_cls_token=False')
         self.out_indices = _out_indices(out_indices, num_layers)
-        self._check_sparsity()
         self.out_origin = out_origin
         self.with_cls_token = with_cls_token
         self.output_cls_token = output_cls_token
         self.interpolate_mode = interpolate_mode
         self.frozen_exclude = tuple(frozen_exclude)
         self.pos_hw = tuple(s // patch_size for s in to_2tuple(img_size))
-
-        patch_norm_cfg = norm_cfg if patch_norm else None
-        self.patch_embed = PatchEmbed(
-            in_channels, embed_dims, patch_size, patch_norm_cfg, bias=patch_bias
-        )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
-        num_patches = self.pos_hw[0] * self.pos_hw[1]
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dims))
-        self.drop_after_pos = nn.Dropout(drop_rate)
+        self._check(patch_pad)
+        norm_cfg, patch = norm_cfg or dict(type='LN'), (in_channels, embed_dims, patch_size)
+        self._build_embedding(patch, norm_cfg if patch_norm else None, patch_bias, drop_rate)
         self.ln_pre = build_norm_layer(norm_cfg, embed_dims)[1] if pre_norm else None
+        args = (embed_dims, num_heads, mlp_ratio * embed_dims, norm_cfg, qkv_bias, drop_rate)
+        act_cfg = act_cfg or dict(type='GELU')
         self.layers = ModuleList(
-            TransformerEncoderLayer(
-                embed_dims,
-                num_heads,
-                mlp_ratio * embed_dims,
-                norm_cfg=norm_cfg,
-                qkv_bias=qkv_bias,
-                drop_rate=drop_rate,
-                attn_drop_rate=attn_drop_rate,
-                drop_path_rate=rate,
-                act_cfg=act_cfg,
-                num_fcs=num_fcs,
-                with_cp=with_cp,
-            )
+            TransformerEncoderLayer(*args, attn_drop_rate, rate, act_cfg, num_fcs, with_cp)
             for rate in torch.linspace(0, drop_path_rate, num_layers).tolist()
         )
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1] if final_norm else None
         self.predictors = ModuleList(self.build_predictors(0, embed_dims))
         self._freeze()
+
+    def _build_embedding(
+        self, patch: tuple[int, int, int], norm_cfg: dict | None, bias: bool, drop_rate: float
+    ) -> None:
+        embed_dims, num_patches = patch[1], self.pos_hw[0] * self.pos_hw[1]
+        self.patch_embed = PatchEmbed(*patch, norm_cfg, bias=bias)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dims))
+        self.drop_after_pos = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> tuple:
         """Return the maps (B, C, H, W) of ``out_indices`` for images (B, C, H, W).
@@ -378,7 +364,11 @@ class SparseVisionTransformer(SparseBackbone):
             if part is not None:
                 part.requires_grad_(False)
 
-    def _check_sparsity(self) -> None:
+    def _check(self, patch_pad: str) -> None:
+        if patch_pad != 'corner':
+            raise ValueError(f"patch_pad must be 'corner', got {patch_pad!r}")
+        if self.output_cls_token and not self.with_cls_token:
+            raise ValueError('output_cls_token needs with_cls_token, got with_cls_token=False')
         if self.sparsity is None:
             return
         if self.sparsity.fast_path is not None:
