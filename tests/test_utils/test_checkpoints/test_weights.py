@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from mmdynsparse.models import SparseResNet, SparseSwinTransformer
+from mmdynsparse.models.decider import Decider
 from mmdynsparse.utils.checkpoints import check_backbone, check_weights
 
 
@@ -84,7 +85,8 @@ class Block(nn.Module):
 
     def __init__(self, sparse: bool, keep_ratios: tuple[float, ...]) -> None:
         super().__init__()
-        self.keep_ratios = keep_ratios
+        self.decider = Decider(None)
+        self.decider.keep_ratios = list(keep_ratios)
         self.ffn = nn.Linear(2, 2)
         if sparse:
             self.predictors = nn.ModuleList([nn.Linear(2, 2)])
