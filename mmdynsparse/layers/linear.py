@@ -62,7 +62,7 @@ def fused_paths(
         decision = with_positions(decision)
     fast = None if fast_path is None else fast_path.weights()
     x, residual = x_BNC.flatten(0, 1), residual_BNC.flatten(0, 1)
-    sparse_mlp = get_kernel('sparse_mlp', 'triton')
+    sparse_mlp = get_kernel('sparse_mlp')
     out = sparse_mlp(x, residual, decision.kept, decision.dropped, slow, fast)
     return out.view_as(residual_BNC)
 

@@ -153,7 +153,7 @@ class ResidualBlock(BaseModule):
         """Apply the first layer everywhere and the given one in kept cells, (K, C, g, g)."""
         x = table_map(table, cells.batch, cells.hw)
         x = self.relu(conv_norm(x, self.conv1, self.bn1))
-        cell_conv = get_kernel('cell_conv', 'triton')
+        cell_conv = get_kernel('cell_conv')
         weight, bias = fold_norm(conv, norm)
         return cell_conv(x, cells.index, cells.size, weight, bias, conv.dilation[0], relu)
 
