@@ -1,11 +1,13 @@
-"""Light paths for dropped locations."""
+"""Light paths for dropped locations, and both paths fused."""
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.kernels import LinearWeights
+from ..ops import Decision, with_positions
+from ..ops.kernels import LinearWeights, MlpWeights, get_kernel
 from ..registry import MODELS
 from .linear import Linear
+from .plain import check_plain
 
 
 @MODELS.register_module()
@@ -30,16 +32,22 @@ class LinearFastPath(nn.Module):
             self.gamma = nn.Parameter(torch.full((embed_dims,), layer_scale))
 
     def weights(self) -> LinearWeights:
-        """Return the parameters for a fused kernel."""
-        norm = self.norm
-        return LinearWeights(
-            norm.weight, norm.bias, norm.eps, self.fc.weight, self.fc.bias, self.gamma
-        )
+        """Return the parameters for a fused kernel.
+
+        Raises:
+            ValueError: If the fast path or one of its layers has hooks or an adapter.
+        """
+        norm, fc = self.norm, self.fc
+        check_plain('the fast path', self, LinearFastPath)
+        check_plain("the fast path's norm", norm, nn.LayerNorm)
+        check_plain("the fast path's linear layer", fc, nn.Linear, Linear)
+        return LinearWeights(norm.weight, norm.bias, norm.eps, fc.weight, fc.bias, self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (..., C) to their update (..., C)."""
         x = self.fc(self.norm(x))
-        return x if self.gamma is None else x * self.gamma
+        # Under autocast the parameter is float32, and the update shall be as without it.
+        return x if self.gamma is None else (x * self.gamma).to(x.dtype)
 
 
 @MODELS.register_module()
@@ -62,9 +70,56 @@ class LowRankFastPath(nn.Module):
             raise ValueError(f'reduction must be in 1 to {embed_dims}, got {reduction}')
         self.fc1 = Linear(embed_dims, embed_dims // reduction)
         self.fc2 = Linear(embed_dims // reduction, embed_dims)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Start the last layer at zero, also after a backbone has initialized all its layers."""
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map locations (..., C) to their update (..., C)."""
         return self.fc2(self.fc1(x).relu())
+
+
+def fused_paths(
+    x_BNC: Tensor,
+    residual_BNC: Tensor,
+    slow: MlpWeights,
+    fast_path: nn.Module | None,
+    decision: Decision,
+) -> Tensor:
+    """Do what ``ops.two_paths`` does, gathered, in Triton kernels on a CUDA device.
+
+    Under autocast the products run in its dtype, and everything else in float32.
+
+    Args:
+        x_BNC: Tokens, (B, N, C).
+        residual_BNC: What the update is added to, (B, N, C).
+        slow: Parameters of the slow path.
+        fast_path: A :class:`LinearFastPath`, or None.
+        decision: Which locations are kept.
+
+    Returns:
+        (B, N, C)
+
+    Raises:
+        ValueError: If there is no kernel for the fast path.
+    """
+    if fast_path is not None and not hasattr(fast_path, 'weights'):
+        raise ValueError(
+            "the fast path must be LinearFastPath or None with execution 'triton', "
+            f'got {type(fast_path).__name__}'
+        )
+    fast = None if fast_path is None else fast_path.weights()
+    if decision.kept is None:
+        decision = with_positions(decision)
+    x, residual = x_BNC.flatten(0, 1), residual_BNC.flatten(0, 1)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        slow = slow._replace(weight1=slow.weight1.to(dtype), weight2=slow.weight2.to(dtype))
+        fast = fast and fast._replace(weight=fast.weight.to(dtype))
+    if slow.gamma is not None:  # its dtype makes the sum float32, as in torch
+        residual = residual.to(torch.promote_types(residual.dtype, slow.gamma.dtype))
+    out = get_kernel('sparse_mlp')(x, residual, decision.kept, decision.dropped, slow, fast)
+    return out.view_as(residual_BNC)

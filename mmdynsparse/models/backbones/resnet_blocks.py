@@ -202,12 +202,12 @@ class BasicBlock(ResidualBlock):
         side, tile = cells.size + 2 * self.halo, cells.kept.tile
         with region('gather'):
             x = take_tiles(table, tile, side)
-        x = self.relu(conv_norm(x, self.conv1, self.bn1, padding=0))
+        x = self.relu(conv_norm(x, self.conv1, self.bn1, halo=self.halo - 1))
         # The second convolution is padded with zeros, not with what the first gives there.
         inside = tile.view(-1, 1, side, side) < len(table) - 2
         margin = self.halo - 1
         x = x * inside[:, :, margin:-margin, margin:-margin].to(x.dtype)
-        return tile_rows(conv_norm(x, self.conv2, self.bn2, padding=0))
+        return tile_rows(conv_norm(x, self.conv2, self.bn2, halo=1))
 
 
 class Bottleneck(ResidualBlock):
@@ -266,5 +266,5 @@ class Bottleneck(ResidualBlock):
             # One more row, of zeros, for the padding of the 3 x 3 convolution.
             near = nn.functional.pad(near, (0, 0, 0, 1))
             x = take_tiles(near, kept.tile_of_near, cells.size + 2 * self.halo)
-        x = self.relu(conv_norm(x, self.conv2, self.bn2, padding=0))
+        x = self.relu(conv_norm(x, self.conv2, self.bn2, halo=self.halo))
         return tile_rows(conv_norm(x, self.conv3, self.bn3))
