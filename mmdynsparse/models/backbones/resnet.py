@@ -9,16 +9,17 @@ predictors (``predictors.J``) and, if asked for, fast paths (``layerI.K.fast_pat
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from importlib import import_module
+from itertools import chain, pairwise
 from typing import ClassVar
 
 import torch
-from mmcv.cnn import build_norm_layer
+from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmengine.model.weight_init import constant_init, kaiming_init
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...layers import conv_norm
+from ...layers import conv_norm, is_plain
 from ...ops import (
     Decision,
     cell_mask,
@@ -77,14 +78,16 @@ class SparseResNet(SparseBackbone):
         avg_down: Average pooling before the projection of the identity. Defaults to False.
         frozen_stages: Stages to freeze: -1 none, 0 the stem, i also the first i stages. Defaults
             to -1.
-        conv_cfg: Only None, plain convolutions. Defaults to None.
-        norm_cfg: A batch norm. Defaults to dict(type='BN', requires_grad=True).
+        conv_cfg: Convolutions; a sparse stage takes plain ones. Defaults to None, plain ones.
+        norm_cfg: Normalization; a sparse stage takes batch norms. Defaults to dict(type='BN',
+            requires_grad=True).
         norm_eval: Whether batch norms keep their running statistics in training, mmdet's default
             and stated by its configs. Defaults to False, as in mmseg.
-        dcn: Only None: deformable convolutions read positions that a cell does not hold.
-            Defaults to None.
-        stage_with_dcn: Not used without ``dcn``. Defaults to no stage.
-        plugins: Only None: plugins look at the whole map. Defaults to None.
+        dcn: Deformable convolution that replaces the 3 x 3 ones of bottlenecks; not in a sparse
+            stage. Defaults to None.
+        stage_with_dcn: Which stages have ``dcn``. Defaults to no stage.
+        plugins: What is added to bottlenecks, as in mmdet; not in a sparse stage. Several at one
+            position run one after the other. Defaults to None.
         multi_grid: Dilation of each block of the last stage. Defaults to None.
         contract_dilation: Whether the first block of a dilated stage has half its dilation.
             Defaults to False.
@@ -96,10 +99,10 @@ class SparseResNet(SparseBackbone):
         sparsity: Where and how much the model is sparse, see
             :class:`~mmdynsparse.models.sparsity.Sparsity`; by default one predictor before block 1
             of each stage but the first, cells of (8, 8, 4, 4) positions, and no fast path. None is
-            the dense model. Defaults to None.
+            the dense model. Defaults to None. A stage of keep ratio 1.0 is dense as well.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or a sparse stage cannot be sparse.
     """
 
     original = 'ResNet'
@@ -135,8 +138,11 @@ class SparseResNet(SparseBackbone):
         init_cfg: dict | None = None,
         sparsity: Mapping | None = None,
     ) -> None:
-        _check_absent(conv_cfg=conv_cfg, dcn=dcn, plugins=plugins)
-        _check_shape(depth, style, num_stages, strides, dilations, multi_grid)
+        by_stage = dict(strides=strides, dilations=dilations)
+        if dcn is not None:
+            import_module('mmcv.ops')  # registers deformable convolutions
+            by_stage['stage_with_dcn'] = stage_with_dcn
+        _check_shape(depth, style, num_stages, by_stage, multi_grid)
         block, depths = ARCHS[depth][0], ARCHS[depth][1][:num_stages]
         if sparsity is not None:
             last = min(max(out_indices), num_stages - 1)
@@ -151,21 +157,34 @@ class SparseResNet(SparseBackbone):
         self.zero_init_residual = zero_init_residual
 
         norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
+        cfgs = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
         channels = stem_channels or base_channels
-        self._build_stem(in_channels, channels, deep_stem, norm_cfg)
+        self._build_stem(in_channels, channels, deep_stem, **cfgs)
+        dcn = dcn and dict(dcn)  # blocks change it
         self.predictors = nn.ModuleList()
+        self._obstacles: list[str | None] = []
         for i, count in enumerate(depths):
             rates = _dilations(count, dilations[i], contract_dilation)
             if multi_grid is not None and i == num_stages - 1:
                 rates = multi_grid
-            args = dict(style=style, avg_down=avg_down, norm_cfg=norm_cfg, with_cp=with_cp)
             layer = self._build_stage(
-                i, block, channels, base_channels * 2**i, strides[i], rates, **args
+                i,
+                block,
+                channels,
+                base_channels * 2**i,
+                strides[i],
+                rates,
+                style=style,
+                avg_down=avg_down,
+                with_cp=with_cp,
+                dcn=dcn if dcn and stage_with_dcn[i] else None,
+                plugins=[p for p in plugins or () if 'stages' not in p or p['stages'][i]],
+                **cfgs,
             )
             self.add_module(f'layer{i + 1}', layer)
             channels = base_channels * 2**i * block.expansion
             self.predictors.extend(self.build_predictors(i, channels))
-        self._check_blocks(norm_cfg)
+        self._check_sparse(self.keep_ratios)
         self._freeze()
 
     @property
@@ -173,17 +192,29 @@ class SparseResNet(SparseBackbone):
         """The blocks of each stage."""
         return [getattr(self, f'layer{i + 1}') for i in range(self.num_stages)]
 
-    def _build_stem(self, in_channels: int, channels: int, deep: bool, norm_cfg: dict) -> None:
+    @property
+    def stem_layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The convolutions of the stem with their norms."""
+        if self.deep_stem:
+            return [(self.stem[i], self.stem[i + 1]) for i in (0, 3, 6)]
+        return [(self.conv1, getattr(self, self.norm1_name))]
+
+    def _build_stem(
+        self, in_channels: int, channels: int, deep: bool, conv_cfg: dict | None, norm_cfg: dict
+    ) -> None:
         self.deep_stem = deep
         if deep:
             widths = (in_channels, channels // 2, channels // 2, channels)
             self.stem = nn.Sequential()
-            for i, (c_in, c_out) in enumerate(pairwise(widths)):
-                conv = nn.Conv2d(c_in, c_out, 3, 2 if i == 0 else 1, padding=1, bias=False)
-                self.stem.extend((conv, build_norm_layer(norm_cfg, c_out)[1], nn.ReLU(True)))
+            for i, pair in enumerate(pairwise(widths)):
+                place = dict(stride=2 if i == 0 else 1, padding=1)
+                conv = build_conv_layer(conv_cfg, *pair, 3, bias=False, **place)
+                self.stem.extend((conv, build_norm_layer(norm_cfg, pair[1])[1], nn.ReLU(True)))
         else:
-            self.conv1 = nn.Conv2d(in_channels, channels, 7, 2, padding=3, bias=False)
-            self.bn1 = build_norm_layer(norm_cfg, channels)[1]
+            place = dict(stride=2, padding=3)
+            self.conv1 = build_conv_layer(conv_cfg, in_channels, channels, 7, bias=False, **place)
+            self.norm1_name, norm = build_norm_layer(norm_cfg, channels, postfix=1)
+            self.add_module(self.norm1_name, norm)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
 
@@ -204,6 +235,8 @@ class SparseResNet(SparseBackbone):
             place = (in_channels, planes, stride, dilation)
             blocks.append(block(*place, fast_path=fast_path, **kwargs))
             in_channels, stride = planes * block.expansion, 1
+        obstacles = (b.obstacle() for b in blocks[first_sparse:])
+        self._obstacles.append(next(filter(None, obstacles), None))
         return nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -227,8 +260,9 @@ class SparseResNet(SparseBackbone):
         return self.with_decisions(outs)
 
     def _stem(self, x: Tensor) -> Tensor:
-        pairs = [(self.stem[i], self.stem[i + 1]) for i in (0, 3, 6)] if self.deep_stem else None
-        for conv, norm in pairs or [(self.conv1, self.bn1)]:
+        if self.deep_stem and not is_plain(self.stem, nn.Sequential):
+            return self.maxpool(self.stem(x))
+        for conv, norm in self.stem_layers:
             x = self.relu(conv_norm(x, conv, norm))
         return self.maxpool(x)
 
@@ -258,9 +292,8 @@ class SparseResNet(SparseBackbone):
         return self
 
     def _freeze(self) -> None:
-        stem = (self.stem,) if self.deep_stem else (self.conv1, self.bn1)
         if self.frozen_stages >= 0:
-            for part in stem:
+            for part in chain(*self.stem_layers):
                 freeze(part)
         for i, stage in enumerate(self.stages):
             for part in (stage, *self.stage_predictors(i)):
@@ -275,22 +308,43 @@ class SparseResNet(SparseBackbone):
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 kaiming_init(m)
-            elif isinstance(m, _BatchNorm):
+            elif isinstance(m, _BatchNorm | nn.GroupNorm):
                 constant_init(m, 1)
-        if self.zero_init_residual:
-            for block in (block for stage in self.stages for block in stage):
-                constant_init(block.bn3 if isinstance(block, Bottleneck) else block.bn2, 0)
+        for block in chain(*self.stages):
+            if self.zero_init_residual:
+                constant_init(block.layers[-1][1], 0)
+            # Deformable convolutions and plugins have their own start.
+            for part in block.children():
+                if hasattr(part, 'init_weights'):
+                    part.init_weights()
         if self.init_cfg is not None:
             load_pretrained(self, self.init_cfg['checkpoint'], 'mmdet', may_be_new)
 
-    def _check_blocks(self, norm_cfg: dict) -> None:
-        if not any(isinstance(m, _BatchNorm) for m in self.modules()):
-            raise ValueError(f'norm_cfg must be a batch norm, got {norm_cfg}')
-        for i, stage in enumerate(self.stages):
-            if any(stage[j].downsample is not None for j in self.stage_locations(i)):
+    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
+        """Change the keep ratios of the built model, see :class:`SparseBackbone`.
+
+        Raises:
+            ValueError: Also if a stage that cannot be sparse is to drop locations.
+        """
+        if self.sparsity is not None and hasattr(self, '_obstacles'):
+            self._check_sparse(self.sparsity.resolve(keep_ratio))
+        super().set_keep_ratio(keep_ratio)
+
+    def _check_sparse(self, keep_ratios: Sequence[float]) -> None:
+        ratios = iter(keep_ratios)
+        for i, obstacle in enumerate(self._obstacles):
+            locations = self.stage_locations(i)
+            if any(self.stages[i][j].downsample is not None for j in locations):
                 raise ValueError(
                     f'sparsity.locations[{i}] takes blocks that keep the size of their map, '
-                    f'1 to {len(stage) - 1}, got {self.stage_locations(i)}'
+                    f'1 to {len(self.stages[i]) - 1}, got {locations}'
+                )
+            ratio = min((next(ratios) for _ in locations), default=1.0)
+            if ratio < 1 and obstacle is not None:
+                raise ValueError(
+                    f'stage {i} must have plain convolutions (no conv_cfg, dcn or plugins) and '
+                    f'batch norms with running statistics to be sparse, or keep ratio 1.0, got '
+                    f'{obstacle} and {ratio}'
                 )
 
 
@@ -322,7 +376,9 @@ def _sparse_blocks(
     if execution != 'masked' and sparse:
         if decision.kept is None:
             decision = with_positions(decision)
-        if gathering_pays(decision, None, BREAK_EVEN):
+        # Cells are not what a hook on a block expects.
+        plain = all(is_plain(block, BasicBlock, Bottleneck) for block in blocks)
+        if plain and gathering_pays(decision, None, BREAK_EVEN):
             return in_cells(x, blocks, decision, size, fused=execution == 'triton')
     mask = None
     if sparse or execution == 'masked':
@@ -355,18 +411,11 @@ def _dilations(count: int, dilation: int, contract: bool) -> tuple[int, ...]:
     return (first,) + (dilation,) * (count - 1)
 
 
-def _check_absent(**kwargs) -> None:
-    for name, value in kwargs.items():
-        if value is not None:
-            raise ValueError(f'{name} must be None in a sparse ResNet, got {value}')
-
-
 def _check_shape(
     depth: int,
     style: str,
     num_stages: int,
-    strides: Sequence[int],
-    dilations: Sequence[int],
+    by_stage: Mapping[str, Sequence],
     multi_grid: Sequence[int] | None,
 ) -> None:
     if depth not in ARCHS:
@@ -375,7 +424,7 @@ def _check_shape(
         raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}")
     if not 1 <= num_stages <= 4:
         raise ValueError(f'num_stages must be in 1 to 4, got {num_stages}')
-    for name, values in dict(strides=strides, dilations=dilations).items():
+    for name, values in by_stage.items():
         if len(values) != num_stages:
             raise ValueError(f'{name} must have num_stages = {num_stages} values, got {values}')
     last_depth = ARCHS[depth][1][num_stages - 1]
