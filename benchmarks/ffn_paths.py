@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmdynsparse.analysis import breakdown, compare_latency, count_macs
 from mmdynsparse.analysis.environment import environment
 from mmdynsparse.layers import FFN, LinearFastPath, LocalGlobalPredictor
-from mmdynsparse.ops import Decision, region, select_decision, two_paths
+from mmdynsparse.ops import DENSE, Decision, Plan, plan, region, select_decision, two_paths
 
 # Channels and side of the map of each stage of Swin-T and Swin-S at 512 x 512 px.
 STAGES = {1: (96, 128), 2: (192, 64), 3: (384, 32), 4: (768, 16)}
@@ -41,12 +41,9 @@ class Ffn(nn.Module):
         self.ffn = FFN(channels, 4 * channels, dict(type='GELU'))
         self.fast_path = LinearFastPath(channels) if fast_path else None
 
-    def forward(self, x: Tensor, decision: Decision | None, gather: bool) -> Tensor:
-        """Return the updated tokens (B, N, C); without a decision all take the slow path."""
-        if decision is None:
-            return x + self._slow_path(x)
-        paths = (self._slow_path, self.fast_path)
-        return two_paths(x, x, *paths, decision, gather, nn.Identity())
+    def forward(self, x: Tensor, how: Plan) -> Tensor:
+        """Return the updated tokens (B, N, C)."""
+        return two_paths(x, x, self._slow_path, self.fast_path, how, nn.Identity())
 
     def _slow_path(self, x: Tensor) -> Tensor:
         return self.ffn(self.norm2(x))
@@ -96,12 +93,13 @@ def measure(
     x = torch.randn(batch, side * side, channels)
     decisions = {ratio: random_decision(x, side, ratio) for ratio in RATIOS}
     blocks = {fast: ffns(channels, count, fast) for fast in (True, False)}
-    calls = {'dense': partial(run, x, blocks[True], None, False)}
+    calls = {'dense': partial(run, x, blocks[True], DENSE)}
     for fast, chain in blocks.items():
         # Masked execution computes everything, whatever is kept.
-        calls[fast, 'masked'] = partial(run, x, chain, decisions[RATIOS[0]], False)
+        masked = plan(decisions[RATIOS[0]], 'masked', learns=False)
+        calls[fast, 'masked'] = partial(run, x, chain, masked)
         for ratio, decision in decisions.items():
-            calls[fast, ratio] = partial(run, x, chain, decision, True)
+            calls[fast, ratio] = partial(run, x, chain, plan(decision, 'gather', learns=False))
     times = {name: value.median for name, value in compare_latency(calls, rounds).items()}
     return [
         dict(
@@ -124,7 +122,7 @@ def measure_swin_s(channels: int, side: int, batch: int, rounds: int) -> dict:
     blocks = ffns(channels, count, fast_path=True)
     predictors = nn.ModuleList(LocalGlobalPredictor(channels) for _ in SWIN_S).eval()
     calls = {
-        'dense': partial(run, x, blocks, None, False),
+        'dense': partial(run, x, blocks, DENSE),
         'sparse': partial(run_stage, x, blocks, predictors, side),
     }
     times = {name: value.median for name, value in compare_latency(calls, rounds).items()}
@@ -191,10 +189,10 @@ def ffns(channels: int, count: int, fast_path: bool) -> nn.ModuleList:
     return nn.ModuleList(Ffn(channels, fast_path) for _ in range(count)).eval()
 
 
-def run(x: Tensor, blocks: Sequence[nn.Module], decision: Decision | None, gather: bool) -> Tensor:
+def run(x: Tensor, blocks: Sequence[nn.Module], how: Plan) -> Tensor:
     """Run the blocks one after the other."""
     for block in blocks:
-        x = block(x, decision, gather)
+        x = block(x, how)
     return x
 
 
@@ -207,7 +205,8 @@ def run_stage(
         with region('predictor'):
             log_probs = predictor(x)
         decision = select_decision(log_probs, (side, side), ratio)
-        x = run(x, [next(rest) for _ in range(count)], decision, True)
+        how = plan(decision, 'gather', learns=False)
+        x = run(x, [next(rest) for _ in range(count)], how)
     return x
 
 

@@ -15,7 +15,7 @@ from mmdynsparse.analysis import compare_latency
 from mmdynsparse.analysis.environment import environment
 from mmdynsparse.models.backbones.resnet import in_cells
 from mmdynsparse.models.backbones.resnet_blocks import Bottleneck
-from mmdynsparse.ops import cell_grid, select_decision
+from mmdynsparse.ops import cell_grid, plan, select_decision
 
 STAGES = {2: (128, 8), 3: (256, 16), 4: (512, 32)}
 CELLS = (4, 8, 16)
@@ -63,9 +63,10 @@ def measure(stage: int, size: int, count: int, rounds: int) -> list[dict]:
         grid = cell_grid((side, side), cell)
         log_probs = torch.randn(1, grid[0] * grid[1], 2).log_softmax(-1)
         for ratio in RATIOS:
-            decision = select_decision(log_probs, grid, ratio)
+            decision = select_decision(log_probs, (side, side), ratio, cell_size=cell)
+            how = plan(decision, 'gather', learns=False, of_cells=True)
             if grid[0] * grid[1] * ratio >= 1:
-                calls[cell, ratio] = partial(in_cells, x, blocks, decision, cell, fused=False)
+                calls[cell, ratio] = partial(in_cells, x, blocks, how)
     latency = compare_latency(calls, rounds)
     dense = latency.pop('dense').median
     return [

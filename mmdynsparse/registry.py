@@ -11,11 +11,31 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPP
 from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import Registry
 
-MODELS = Registry(
+
+class ModelRegistry(Registry):
+    """Registry that knows why a part is not there.
+
+    Attributes:
+        absent: The reasons, by the names of parts whose library is missing or does not import.
+    """
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.absent: dict[str, str] = {}
+
+    def get(self, key: str) -> type | None:
+        """Return what has this name, or raise a ValueError with the reason if it is absent."""
+        self.import_from_location()
+        if reason := self.absent.get(key.removeprefix(f'{self.scope}.')):
+            raise ValueError(f'{key} must have its library, but {reason}')
+        return super().get(key)
+
+
+MODELS = ModelRegistry(
     'model',
     scope='mmdynsparse',
     parent=MMENGINE_MODELS,
-    locations=['mmdynsparse.layers', 'mmdynsparse.models', 'mmdynsparse.models.hosted'],
+    locations=['mmdynsparse.layers', 'mmdynsparse.models', 'mmdynsparse.models.optional_hosts'],
 )
 HOOKS = Registry(
     'hook', scope='mmdynsparse', parent=MMENGINE_HOOKS, locations=['mmdynsparse.engine']

@@ -1,6 +1,9 @@
 """Fixtures that several test folders share."""
 
 import os
+import threading
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 # Tiny tensors: threads would only get in each other's way, in the tools' processes too.
@@ -45,6 +48,25 @@ def randomize():
         return module
 
     return fill
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """A folder and the address under which a server offers it; torch keeps its copies elsewhere."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    monkeypatch.setattr(torch.hub, '_hub_dir', None)
+    server = HTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmdynsparse.models import SparseConvNeXt, SparseResNet
 from mmdynsparse.models.backbones.convnext import ARCHS as CONVNEXTS
 from mmdynsparse.models.backbones.resnet import ARCHS as RESNETS
-from mmdynsparse.utils.input_checks import is_new
+from mmdynsparse.utils.checkpoints import is_new
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)

@@ -5,21 +5,16 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 from mmengine.config import Config
-from mmengine.runner import CheckpointLoader
 
-from mmdynsparse.utils.cpu import adapt_to_cpu
-from mmdynsparse.utils.input_checks import (
-    check_checkpoint,
-    check_data,
-    check_not_empty,
-    check_weights,
-)
-from mmdynsparse.utils.launch import (
-    ToolParser,
+from mmdynsparse.utils.checkpoints import check_checkpoint, check_weights, read_checkpoint
+from mmdynsparse.utils.command_line.arguments import ToolParser
+from mmdynsparse.utils.command_line.cpu import adapt_to_cpu
+from mmdynsparse.utils.command_line.data_checks import check_data, check_not_empty
+from mmdynsparse.utils.command_line.errors import one_line_errors
+from mmdynsparse.utils.command_line.launch import (
     build_runner,
     leave_process_group,
     load_config,
-    one_line_errors,
 )
 
 FLIP_META_KEYS = (
@@ -152,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runner = build_runner(cfg)
         check_not_empty(runner, 'test')
         # An address is fetched only now that the processes of a distributed run know each other.
-        checkpoint = checkpoint or CheckpointLoader.load_checkpoint(args.checkpoint, 'cpu')
+        checkpoint = checkpoint or read_checkpoint('checkpoint', args.checkpoint)
         weights = checkpoint.get('state_dict', checkpoint)
         check_weights(runner.model, weights, args.checkpoint)
     with one_line_errors(runner):

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 from mmengine.config import Config
 
-from mmdynsparse.utils.cpu import adapt_to_cpu
-from mmdynsparse.utils.input_checks import check_not_empty, check_training_inputs
-from mmdynsparse.utils.launch import (
-    ToolParser,
+from mmdynsparse.utils.checkpoints import read_checkpoint
+from mmdynsparse.utils.command_line.arguments import ToolParser
+from mmdynsparse.utils.command_line.cpu import adapt_to_cpu
+from mmdynsparse.utils.command_line.data_checks import check_not_empty, check_training_inputs
+from mmdynsparse.utils.command_line.errors import one_line_errors
+from mmdynsparse.utils.command_line.launch import (
     build_runner,
     leave_process_group,
     load_config,
-    one_line_errors,
     set_resume,
 )
 
@@ -89,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         adapt_to_cpu(cfg)
         runner = build_runner(cfg)
         check_not_empty(runner, 'train')
+        # An address is fetched only now that the processes of a distributed run know each other.
+        if '://' in (cfg.get('load_from') or ''):
+            read_checkpoint('load_from', cfg.load_from)
     with one_line_errors(runner):
         runner.train()
 

@@ -7,11 +7,13 @@ from itertools import product
 import torch
 from torch import nn
 
-from .calls import recorded_keep_rates
+from ..models.calls import replaced_methods
+from ..models.decider import keep_ratios
 from .dense import Pair
-from .execution import executed_by, forwards, with_keep_ratio
+from .execution import forwards, with_keep_ratio
 from .flops import count_macs
 from .images import image_batch
+from .keep_rates import recorded_keep_rates
 from .latency import compare_latency
 from .model_parts import part_calls, tensor_modules
 from .profiling import breakdown, model_breakdown, peak_memory
@@ -83,7 +85,7 @@ def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
         replacements = forwards(modules, plan.mode)
         for part in plan.parts:
             costs = {name: _costs(models[name], part, calls[name][part], plan) for name in models}
-            with executed_by(replacements):
+            with replaced_methods(replacements):
                 latencies = compare_latency(
                     {name: calls[name][part] for name in models}, plan.rounds, plan.warmup
                 )
@@ -113,8 +115,7 @@ def _costs(model: nn.Module, part: str, call: Callable[[], object], plan: Plan) 
         costs['breakdown'] = breakdown(model.backbone, call, plan.device, min(plan.rounds, 5))
     elif part == 'whole':
         costs['breakdown'] = model_breakdown(model, call, plan.device, min(plan.rounds, 5))
-    targets = [ratio for module in model.modules() for ratio in getattr(module, 'keep_ratios', ())]
-    return dict(keep_ratios=targets, kept=kept, **costs)
+    return dict(keep_ratios=keep_ratios(model), kept=kept, **costs)
 
 
 def _mode(model: nn.Module, part: str, mode: str) -> str:

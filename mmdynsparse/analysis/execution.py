@@ -1,11 +1,12 @@
 """Models compiled, captured in CUDA graphs, and copied without their weights."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+
+from ..models.decider import deciders
 
 MODES = ('eager', 'compile', 'cudagraph')
 # Copies of one class at several keep ratios share torch.compile's cache.
@@ -27,10 +28,10 @@ def with_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float] | None
     tensors = [*model.parameters(), *model.buffers()]
     copy = deepcopy(model, {id(tensor): tensor for tensor in tensors})
     if keep_ratio is not None:
-        parts = [module for module in copy.modules() if getattr(module, 'keep_ratios', None)]
-        if not parts:
+        first = next(iter(deciders(copy).values()), None)
+        if first is None:
             raise ValueError(f'keep_ratio needs a model with predictors, got {keep_ratio}')
-        parts[0].set_keep_ratio(keep_ratio)
+        first.set_keep_ratio(keep_ratio)
     return copy
 
 
@@ -49,18 +50,6 @@ def forwards(modules: Sequence[nn.Module], mode: str) -> dict[nn.Module, Callabl
     torch._dynamo.reset()
     torch._dynamo.config.cache_size_limit = COMPILED_COPIES
     return {module: torch.compile(module.forward, dynamic=False) for module in modules}
-
-
-@contextmanager
-def executed_by(replacements: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """Run modules by other functions than their ``forward`` until the end of the context."""
-    for module, function in replacements.items():
-        module.forward = function
-    try:
-        yield
-    finally:
-        for module in replacements:
-            del module.forward
 
 
 class CudaGraph:

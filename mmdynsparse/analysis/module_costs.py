@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .calls import around_calls
+from ..models.calls import around_calls
 from .flops import plain_attention
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ..models.calls import around_calls
 from ..ops.regions import PREFIX, REGIONS, region
-from .calls import around_calls
 
 REST = 'rest'
 PARTS = (*REGIONS, REST)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import torch
 from mmengine.config import Config
@@ -15,13 +16,13 @@ from ..engine.distillation import (
     ROI_INPUT,
     RPN,
     SEGMENTOR,
-    Taps,
     is_two_stage,
     run_parts,
     second_stage,
 )
 from ..engine.hooks.sparsity_hook import sparsity_losses
-from ..engine.teacher import keep_everything
+from ..models.calls import CallRecorder
+from ..models.decider import deciders, keep_everything
 from .dense import Pair
 from .latency import compare_latency
 
@@ -63,15 +64,15 @@ def training_step(model: nn.Module, batch: dict) -> Callable[[], None]:
     # As a training of one process does; synchronised norms need CUDA.
     model = revert_sync_batchnorm(model)
     model.train()
-    for part in model.modules():
-        if hasattr(part, 'has_ratio_loss'):
-            part.has_ratio_loss = True
+    parts = list(deciders(model).values())
+    for decider in parts:
+        decider.has_ratio_loss = True
 
     @torch.enable_grad()
     def step() -> None:
         data = model.data_preprocessor(deepcopy(batch), True)  # it pads labels in place
         losses = model(**data, mode='loss')
-        decisions = [d for part in model.modules() for d in getattr(part, 'decisions', ())]
+        decisions = [decision for decider in parts for decision in decider.decisions]
         losses |= sparsity_losses(decisions, 10.0)
         model.parse_losses(losses)[0].backward()
         model.zero_grad()
@@ -81,13 +82,11 @@ def training_step(model: nn.Module, batch: dict) -> Callable[[], None]:
 
 def sampled_rois(model: nn.Module, batch: dict) -> Tensor:
     """Return the regions (R, 5) that a detector samples from a batch in training."""
-    taps = Taps(model, [ROI_INPUT, ROI])
-    taps.recording = True
+    recorder = CallRecorder({name: model.get_submodule(name) for name in (ROI_INPUT, ROI)})
+    data = model.data_preprocessor(deepcopy(batch), True)
     with torch.no_grad():
-        model(**model.data_preprocessor(deepcopy(batch), True), mode='loss')
-    _, rois = second_stage(taps.pop())
-    taps.close()
-    return rois
+        calls = recorder.record(partial(model, **data, mode='loss'))
+    return second_stage(calls)[1]
 
 
 def teacher_step(model: nn.Module, batch: dict, rois: Tensor | None) -> Callable[[], None]:

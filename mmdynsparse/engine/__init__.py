@@ -1,12 +1,6 @@
 """What exists only while a model is trained or tested."""
 
-from .hooks import (
-    DistillationHook,
-    FreezePretrained,
-    KeepRatioSchedule,
-    SparsityHook,
-    TemperatureSchedule,
-)
+from .hooks import DistillationHook, FreezePretrained, SparsityHook
 from .parameters import FineTuneOptimWrapperConstructor
 from .strategy import FSDPStrategy
 
@@ -15,7 +9,5 @@ __all__ = [
     'FSDPStrategy',
     'FineTuneOptimWrapperConstructor',
     'FreezePretrained',
-    'KeepRatioSchedule',
     'SparsityHook',
-    'TemperatureSchedule',
 ]

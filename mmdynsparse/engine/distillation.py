@@ -1,78 +1,65 @@
 """Losses between a student and a teacher, and what they compare.
 
 All losses are means over images of a mean over each image, so they do not depend on how a batch is
-split. Dimension letters: B images, C channels or classes, H and W of a map, R regions of interest.
+split. Dimension letters: B images, C channels or classes, A anchors of a location, H and W of a
+map, R regions of interest.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.calls import Call
+from ..ops import Decision, location_mask
+
 # Modules of mmseg's segmentors and mmdet's detectors.
 SEGMENTOR, RPN = 'decode_head', 'rpn_head'
 ROI_HEAD = 'roi_head'
 ROI, ROI_INPUT = 'roi_head.bbox_head', 'roi_head.bbox_roi_extractor'
+IN_ROI_HEAD = f'{ROI_HEAD}.'
 
 
-class Call(NamedTuple):
-    """A call of a module: its name, the positional arguments and the output."""
-
-    name: str
-    args: tuple
-    out: object
-
-
-class Taps:
-    """Record arguments and output of modules of a model while ``recording`` is set.
+class Batch(NamedTuple):
+    """What both models look at.
 
     Attributes:
-        recording: Whether calls are recorded.
-        calls: The recorded calls, in order.
-
-    Args:
-        model: The model.
-        names: Names of modules of it.
-
-    Raises:
-        ValueError: If there is no module of a name.
+        images: The padded images (B, 3, H, W).
+        samples: Data samples, whose ``img_shape`` is the size without padding. Defaults to none.
+        rois: For a detector's second stage, regions (R, 5): index of the image, corners in px.
+            Defaults to None, without that stage.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self.recording = False
-        self.calls: list[Call] = []
-        self._replaced: list[tuple[nn.Module, object]] = []
-        for name in names:
-            self._tap(name, find_module(model, name))
+    images: Tensor
+    samples: Sequence = ()
+    rois: Tensor | None = None
 
-    def _tap(self, name: str, module: nn.Module) -> None:
-        # Not a forward hook: heads of mmseg call their own ``forward``, past the hooks.
-        forward = module.forward
 
-        def tapped(*args, **kwargs):
-            out = forward(*args, **kwargs)
-            if self.recording:
-                self.calls.append(Call(name, args, out))
-            return out
+def parse_weight(name: str, value: object) -> tuple[float | tuple[float, ...], bool]:
+    """Return a weight of features as a config has it, and whether only kept locations count.
 
-        self._replaced.append((module, module.__dict__.get('forward')))
-        module.forward = tapped
-
-    def pop(self) -> list[Call]:
-        """Stop recording and return what was recorded."""
-        self.recording = False
-        calls, self.calls = self.calls, []
-        return calls
-
-    def close(self) -> None:
-        """Leave the modules as they were."""
-        for module, forward in reversed(self._replaced):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+    Raises:
+        ValueError: If it is not a number of at least 0, a list of them, or a dict of such a weight
+            and perhaps ``kept_only``.
+    """
+    kept_only = False
+    if isinstance(value, Mapping):
+        if not {'weight'} <= set(value) <= {'weight', 'kept_only'}:
+            raise ValueError(f'{name} takes weight and perhaps kept_only, got {dict(value)}')
+        kept_only = value.get('kept_only', False)
+        name, value = f'{name}.weight', value['weight']
+    if not isinstance(kept_only, bool):
+        raise ValueError(f'kept_only beside {name} must be True or False, got {kept_only!r}')
+    per_map = isinstance(value, list | tuple)
+    weights = tuple(value) if per_map else (value,)
+    if not weights or not all(isinstance(weight, Real) and weight >= 0 for weight in weights):
+        where = ' for each map' if per_map else ''
+        raise ValueError(f'{name} must be at least 0{where}, got {value!r}')
+    return weights if per_map else value, kept_only
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
@@ -148,56 +135,135 @@ def has_queries(head: nn.Module) -> bool:
     return hasattr(head, 'num_queries')
 
 
+def logit_loss(
+    name: str, head: nn.Module, student: object, teacher: object, batch: Batch, temperature: float
+) -> Tensor:
+    """Divergence of the logits of pixels, anchors or regions; see ``kl_divergence``.
+
+    Pixels with ignored labels, and anchors on padding, are left out.
+
+    Args:
+        name: Name of the head, ``SEGMENTOR``, ``RPN`` or ``ROI``.
+        head: The student's.
+        student: What it returned.
+        teacher: The same of the teacher.
+        batch: What both looked at.
+        temperature: Divides the logits, > 0.
+
+    Raises:
+        ValueError: If the head returned no map of logits, or shapes differ.
+    """
+    compare = {SEGMENTOR: _pixel_loss, RPN: _anchor_loss, ROI: _region_loss}[name]
+    return compare(head, student, teacher, batch, partial(_divergence, name, temperature))
+
+
+def _pixel_loss(
+    head: nn.Module, student: object, teacher: object, batch: Batch, divergence: Callable
+) -> Tensor:
+    if not isinstance(student, Tensor):
+        raise ValueError(
+            'logit_weight needs a decode_head that returns one map of logits in training '
+            f'(set it to 0 elsewhere), got a {type(student).__name__} of {type(head).__name__}'
+        )
+    losses = head.loss_decode if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
+    kl_BHW = divergence(student, teacher, any(_has_sigmoid(loss) for loss in losses))
+    if not batch.samples:
+        return mean_over_images(kl_BHW, torch.ones_like(kl_BHW))
+    weights = label_mask(batch.samples, kl_BHW.shape[-2:], head.ignore_index)
+    return mean_over_images(kl_BHW, weights)
+
+
+def _anchor_loss(
+    head: nn.Module, student: Sequence, teacher: Sequence, batch: Batch, divergence: Callable
+) -> Tensor:
+    levels = []
+    for s, t in zip(student[0], teacher[0], strict=True):
+        # The channels are those of each anchor in turn.
+        pair = (x.unflatten(1, (-1, head.cls_out_channels)).transpose(1, 2) for x in (s, t))
+        kl_BHW = divergence(*pair, _has_sigmoid(head.loss_cls)).mean(1)
+        levels.append((kl_BHW, content_mask(batch, s.shape)))
+    # Every anchor counts alike, whatever its level.
+    kl, inside = (torch.cat([x.flatten(1) for x in xs], 1) for xs in zip(*levels, strict=True))
+    return mean_over_images(kl, inside)
+
+
+def _region_loss(
+    head: nn.Module, student: Sequence, teacher: Sequence, batch: Batch, divergence: Callable
+) -> Tensor:
+    return mean_over_rois(divergence(student[0], teacher[0], _has_sigmoid(head.loss_cls)), batch)
+
+
 def feature_loss(
     name: str,
     student: object,
     teacher: object,
-    images: Tensor,
-    samples: Sequence,
-    rois: Tensor | None = None,
+    batch: Batch,
+    weight: float | Sequence[float] = 1.0,
+    kept_only: bool = False,
 ) -> Tensor:
-    """Mean squared error between the maps that a module of both models returns.
+    """Mean squared errors, weighted, of the maps that a module of both models returns.
 
-    Padding of the images is left out. Several maps, and those of several calls, count alike.
+    Padding of the images is left out.
 
     Args:
-        name: Of the module, for the message.
+        name: Of the module. One in ``roi_head`` returns tensors (R, ...) of the batch's regions.
         student: A tensor or nested sequences of tensors; of 4-D ones (B, C, H, W) the padding is
             known.
         teacher: The same of the teacher.
-        images: The padded images (B, 3, H, W).
-        samples: Data samples of the batch, whose ``img_shape`` is the size without padding.
-        rois: For a module that looks at regions, which returns tensors (R, ...), the regions
-            (R, 5) with the index of the image in front. Defaults to None, a module that looks at
-            images.
+        batch: What both looked at.
+        weight: A number, of the mean over all maps, those of several calls too, or one for each
+            map. Defaults to 1.
+        kept_only: Whether to leave out what the last decision that comes with the student's maps
+            drops. Defaults to False.
 
     Raises:
-        ValueError: If number or shape of the maps differ, or they are not one for each region.
+        ValueError: If number or shape of the maps differ, they are not one for each region or
+            weight, or they come without decisions.
     """
-    students, teachers = list(_tensors(student)), list(_tensors(teacher))
-    shapes, expected = ([tuple(x.shape[1:]) for x in maps] for maps in (students, teachers))
+    students, teachers = list(_maps(student)), list(_maps(teacher))
+    shapes, expected = ([tuple(x.shape[1:]) for x, _ in maps] for maps in (students, teachers))
     if shapes != expected or not shapes:
         raise ValueError(
             f"features need as many maps, of the same width and stride, got of '{name}' (without "
             f'the batch) {shapes} in the student and {expected} in the teacher'
         )
-    errors = []
-    for s, t in zip(students, teachers, strict=True):
-        error = (s.float() - t.float()).square()
-        if rois is not None:
-            if len(s) != len(rois):
-                raise ValueError(
-                    f'features in roi_head need one map for each of {len(rois)} regions, got '
-                    f"{len(s)} of '{name}'"
-                )
-            error_R = error.flatten(1).mean(1)
-            errors.append(mean_over_rois(error_R, rois[:, 0].long(), len(images)))
-        elif s.ndim == 4:
-            inside = content_mask(samples, s.shape, tuple(images.shape[-2:]), s.device)
-            errors.append(mean_over_images(error.mean(1), inside))
-        else:
-            errors.append(error.mean())
-    return torch.stack(errors).mean()
+    weights = [1.0] * len(shapes) if isinstance(weight, Real) else weight
+    if len(weights) != len(shapes):
+        raise ValueError(
+            f'features[{name!r}] must have a weight for each of {len(shapes)} maps, got {weight}'
+        )
+    if kept_only and any(decision is None for _, decision in students):
+        raise ValueError(
+            f'kept_only must be False in features[{name!r}], whose maps come without decisions '
+            '(those of sparse backbones and FPNs have them), got True'
+        )
+    errors = [
+        w * _map_error(name, s, t, batch, decision if kept_only else None)
+        for w, (s, decision), (t, _) in zip(weights, students, teachers, strict=True)
+        if w
+    ]
+    if isinstance(weight, Real):
+        return weight * torch.stack(errors).mean()
+    return torch.stack(errors).sum()
+
+
+def _map_error(
+    name: str, student: Tensor, teacher: Tensor, batch: Batch, decision: Decision | None
+) -> Tensor:
+    error = (student.float() - teacher.float()).square()
+    if batch.rois is not None and name.startswith(IN_ROI_HEAD):
+        if len(student) != len(batch.rois):
+            raise ValueError(
+                f'features in roi_head need one map for each of {len(batch.rois)} regions, got '
+                f"{len(student)} of '{name}'"
+            )
+        return mean_over_rois(error.flatten(1).mean(1), batch)
+    if student.ndim != 4:
+        return error.mean()
+    weights = content_mask(batch, student.shape)
+    if decision is not None:
+        weights = weights * kept_mask(decision, tuple(student.shape[-2:]))
+    return mean_over_images(error.mean(1), weights)
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, sigmoid: bool) -> Tensor:
@@ -229,25 +295,17 @@ def mean_over_images(values_BHW: Tensor, weights_BHW: Tensor) -> Tensor:
     return (sums_B / weights_BHW.flatten(1).sum(1).clamp(min=1)).mean()
 
 
-def mean_over_rois(values_R: Tensor, images_R: Tensor, batch: int) -> Tensor:
+def mean_over_rois(values_R: Tensor, batch: Batch) -> Tensor:
     """Return the mean over images of the mean over the regions of each; 0 for one without."""
-    sums_B = values_R.new_zeros(batch).index_add(0, images_R, values_R)
-    return (sums_B / images_R.bincount(minlength=batch).clamp(min=1)).mean()
+    images_R, count = batch.rois[:, 0].long(), len(batch.images)
+    sums_B = values_R.new_zeros(count).index_add(0, images_R, values_R)
+    return (sums_B / images_R.bincount(minlength=count).clamp(min=1)).mean()
 
 
-def content_mask(
-    samples: Sequence, shape: torch.Size, image_hw: tuple[int, int], device: torch.device
-) -> Tensor:
-    """Return (B, H, W) float32, 1 where a map lies on the image and 0 on padding.
-
-    Args:
-        samples: Data samples; without them, or their ``img_shape``, there is no padding.
-        shape: Of the map, (B, C, H, W).
-        image_hw: Height and width of the padded images, in px.
-        device: Of the result.
-    """
-    b, _, h, w = shape
-    sizes = [getattr(s, 'metainfo', {}).get('img_shape', image_hw)[:2] for s in samples]
+def content_mask(batch: Batch, shape: torch.Size) -> Tensor:
+    """Return (B, H, W) float32, 1 where a map (B, C, H, W) lies on the image, 0 on padding."""
+    (b, _, h, w), image_hw, device = shape, tuple(batch.images.shape[-2:]), batch.images.device
+    sizes = [getattr(s, 'metainfo', {}).get('img_shape', image_hw)[:2] for s in batch.samples]
     sizes = sizes or [image_hw] * b
     rows = torch.tensor([_cells(size[0], h, image_hw[0]) for size in sizes], device=device)
     cols = torch.tensor([_cells(size[1], w, image_hw[1]) for size in sizes], device=device)
@@ -263,12 +321,41 @@ def label_mask(samples: Sequence, hw: tuple[int, int], ignore_index: int) -> Ten
     return (resized[:, 0] != ignore_index).float()
 
 
-def _tensors(outputs: object) -> Iterator[Tensor]:
+def kept_mask(decision: Decision, hw: tuple[int, int]) -> Tensor:
+    """Return (B, H, W) float32, 1 where a decision keeps a location of a map of size ``hw``.
+
+    A map of another size than the decision's takes the nearest decision.
+    """
+    mask_B1HW = location_mask(decision).detach().unflatten(1, decision.hw).unsqueeze(1)
+    resized = F.interpolate(mask_B1HW, size=hw, mode='nearest')
+    return (resized[:, 0] > 0.5).float()
+
+
+def _divergence(
+    part: str, temperature: float, student: Tensor, teacher: Tensor, sigmoid: bool
+) -> Tensor:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f'teacher must have logits of the same width and stride in {part}, '
+            f'{tuple(student.shape)}, got {tuple(teacher.shape)}'
+        )
+    return kl_divergence(student, teacher, temperature, sigmoid)
+
+
+def _has_sigmoid(loss: nn.Module) -> bool:
+    return bool(getattr(loss, 'use_sigmoid', False))
+
+
+def _maps(
+    outputs: object, decision: Decision | None = None
+) -> Iterator[tuple[Tensor, Decision | None]]:
+    """Yield the tensors of nested outputs, each with the last decision that it comes with."""
     if isinstance(outputs, Tensor):
-        yield outputs
+        yield outputs, decision
     elif isinstance(outputs, list | tuple):
+        *_, decision = decision, *getattr(outputs, 'decisions', ())
         for output in outputs:
-            yield from _tensors(output)
+            yield from _maps(output, decision)
 
 
 def _cells(length: int, cells: int, padded: int) -> int:

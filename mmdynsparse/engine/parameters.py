@@ -1,6 +1,6 @@
-"""The parameters of a model in training: which are new, and learning rates for them."""
+"""The model of a training: its new parameters, and learning rates for them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
@@ -8,12 +8,22 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
-from ..utils.input_checks import NEW_PARTS, is_new
+from ..utils.checkpoints import NEW_PARTS, is_new
 
 
 def bare_model(runner: Runner) -> nn.Module:
     """Return the model of a runner without the wrapper of distributed training."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def new_parameters(model: nn.Module, parts: Sequence[str]) -> set[str]:
+    """Return the names of the parameters in new parts, or raise a ValueError if there are none."""
+    new = {name for name, _ in model.named_parameters() if is_new(name, parts)}
+    if not new:
+        raise ValueError(
+            f"new_parts must occur in the names of the model's parameters, got {tuple(parts)}"
+        )
+    return new
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -61,11 +71,7 @@ class FineTuneOptimWrapperConstructor:
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of a model."""
         inner = model.module if is_model_wrapper(model) else model
-        new = {id(p) for name, p in inner.named_parameters() if is_new(name, self.new_parts)}
-        if not new:
-            raise ValueError(
-                f"new_parts must occur in the names of the model's parameters, got {self.new_parts}"
-            )
+        new = {id(inner.get_parameter(name)) for name in new_parameters(inner, self.new_parts)}
         wrapper = self._constructor(model)
         optimizer = wrapper.optimizer
         optimizer.param_groups[:] = [

@@ -15,7 +15,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..utils.input_checks import check_checkpoint, check_weights, is_new, read_checkpoint
+from ..models.decider import keep_everything
+from ..utils.checkpoints import check_checkpoint, check_weights, is_new, read_checkpoint
 from .parameters import bare_model
 
 COPY_NAME = 'distillation_teacher.pth'
@@ -77,7 +78,7 @@ def copy_student(
     hooks = (h for m in student.modules() for h in (m._forward_hooks, m._forward_pre_hooks))
     teacher = deepcopy(student, {id(h): OrderedDict() for h in hooks})
     for module in teacher.modules():
-        module.__dict__.pop('forward', None)  # replaced on the student, and bound to it
+        vars(module).pop('forward', None)  # bound to the student, by mmengine's checkpointing
     keep_everything(teacher)
     path = osp.join(runner.work_dir, COPY_NAME)
     if runner.iter > 0:
@@ -141,13 +142,6 @@ def check_teacher(
             f'teacher must have been trained for the classes {tuple(classes[0])}, '
             f'got {tuple(classes[1])}'
         )
-
-
-def keep_everything(model: nn.Module) -> None:
-    """Set all keep ratios of a model to 1."""
-    for module in model.modules():
-        if getattr(module, 'keep_ratios', None):
-            module.keep_ratios = [1.0] * len(module.keep_ratios)
 
 
 def _check_loaded(

@@ -1,7 +1,7 @@
 """Modules built on ``mmdynsparse.ops``, shared by all backbones."""
 
 from .conv_norm import can_fold, conv_norm, fold_norm
-from .fast_path import LinearFastPath, LowRankFastPath, fused_paths
+from .fast_path import LinearFastPath, LowRankFastPath
 from .linear import FFN, Linear, apply_linear, linear_act, mlp_weights
 from .norm import LayerNorm2d
 from .patch import PatchEmbed, PatchMerging
@@ -28,7 +28,6 @@ __all__ = [
     'check_plain',
     'conv_norm',
     'fold_norm',
-    'fused_paths',
     'is_plain',
     'linear_act',
     'mlp_weights',

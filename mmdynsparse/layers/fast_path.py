@@ -1,10 +1,9 @@
-"""Light paths for dropped locations, and both paths fused."""
+"""Light paths for dropped locations."""
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import Decision, with_positions
-from ..ops.kernels import LinearWeights, MlpWeights, get_kernel
+from ..ops.kernels import LinearWeights
 from ..registry import MODELS
 from .linear import Linear
 from .plain import check_plain
@@ -80,46 +79,3 @@ class LowRankFastPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map locations (..., C) to their update (..., C)."""
         return self.fc2(self.fc1(x).relu())
-
-
-def fused_paths(
-    x_BNC: Tensor,
-    residual_BNC: Tensor,
-    slow: MlpWeights,
-    fast_path: nn.Module | None,
-    decision: Decision,
-) -> Tensor:
-    """Do what ``ops.two_paths`` does, gathered, in Triton kernels on a CUDA device.
-
-    Under autocast the products run in its dtype, and everything else in float32.
-
-    Args:
-        x_BNC: Tokens, (B, N, C).
-        residual_BNC: What the update is added to, (B, N, C).
-        slow: Parameters of the slow path.
-        fast_path: A :class:`LinearFastPath`, or None.
-        decision: Which locations are kept.
-
-    Returns:
-        (B, N, C)
-
-    Raises:
-        ValueError: If there is no kernel for the fast path.
-    """
-    if fast_path is not None and not hasattr(fast_path, 'weights'):
-        raise ValueError(
-            "the fast path must be LinearFastPath or None with execution 'triton', "
-            f'got {type(fast_path).__name__}'
-        )
-    fast = None if fast_path is None else fast_path.weights()
-    if decision.kept is None:
-        decision = with_positions(decision)
-    x, residual = x_BNC.flatten(0, 1), residual_BNC.flatten(0, 1)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        slow = slow._replace(weight1=slow.weight1.to(dtype), weight2=slow.weight2.to(dtype))
-        fast = fast and fast._replace(weight=fast.weight.to(dtype))
-    if slow.gamma is not None:  # its dtype makes the sum float32, as in torch
-        residual = residual.to(torch.promote_types(residual.dtype, slow.gamma.dtype))
-    out = get_kernel('sparse_mlp')(x, residual, decision.kept, decision.dropped, slow, fast)
-    return out.view_as(residual_BNC)

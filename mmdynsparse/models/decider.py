@@ -1,17 +1,17 @@
-"""Decisions for the cells of a map in a neck or head."""
+"""The one maker of decisions, which backbones, necks and heads own."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..ops import (
-    SELECTORS,
     Decision,
+    Plan,
     cell_grid,
     keep_all,
+    plan,
     region,
     resize_scores,
     sample_decision,
@@ -19,152 +19,176 @@ from ..ops import (
 )
 from ..registry import MODELS
 from .features import is_exporting
-from .sparsity import check_choice, check_ratio
-
-# In place of a predictor's config: the decisions come with the feature maps.
-BACKBONE = 'backbone'
-
-
-@dataclass(frozen=True)
-class CellSparsity:
-    """In how many cells the large convolutions of a neck or head run.
-
-    Args:
-        keep_ratio: Share of the cells of each image that are kept, in (0, 1].
-        cell_size: Side of a cell, in positions of the finest map: an even number. Defaults to 8.
-        selector: How cells are selected at inference, see
-            :class:`~mmdynsparse.models.sparsity.Sparsity`. Defaults to 'topk'.
-        predictor: Config of the predictor, or 'backbone' for the scores of the backbone's, at this
-            keep ratio. Defaults to None, which is up to the neck or head.
-    """
-
-    keep_ratio: float
-    cell_size: int = 8
-    selector: str = 'topk'
-    predictor: Mapping | str | None = None
-
-    @classmethod
-    def from_cfg(cls, cfg: Mapping) -> 'CellSparsity':
-        """Check a config's ``sparsity`` dict.
-
-        Raises:
-            ValueError: If a key is unknown or missing, or a value is outside its range.
-        """
-        allowed = tuple(cls.__dataclass_fields__)
-        if unknown := sorted(set(cfg) - set(allowed)):
-            raise ValueError(f'sparsity takes the keys {allowed}, got {unknown}')
-        if 'keep_ratio' not in cfg:
-            raise ValueError(f'sparsity needs keep_ratio, in (0, 1], got only {sorted(cfg)}')
-        self = cls(**cfg)
-        check_ratio('sparsity.keep_ratio', self.keep_ratio)
-        check_choice('sparsity.selector', self.selector, SELECTORS)
-        if not isinstance(self.cell_size, int) or self.cell_size < 2 or self.cell_size % 2:
-            raise ValueError(
-                f'sparsity.cell_size must be an even number from 2 on, got {self.cell_size!r}'
-            )
-        if isinstance(self.predictor, str) and self.predictor != BACKBONE:
-            raise ValueError(
-                f'sparsity.predictor must be a config or {BACKBONE!r}, got {self.predictor!r}'
-            )
-        return self
+from .sparsity import BACKBONE, CellSparsity, Sparsity
 
 
 class Decider(nn.Module):
-    """Decides which cells a neck or head keeps.
+    """Decides which cells take the slow path, for one backbone, neck or head.
+
+    A forward of the part numbers its decisions, keeps them in a list of its own, and ends with
+    ``decider(decisions)``. So several threads may run one model in eval mode at once; hooks on the
+    decider see the decisions of each forward.
 
     Attributes:
-        keep_ratios: A list of one, the target keep ratio; change it by ``set_keep_ratio``.
-        decisions: The decision of the last call, in a list of one.
-        execution: 'gather' (the default) or 'masked', how the neck or head runs in eval mode; in
-            training it is always masked.
-        follows: Whether the scores are those of the backbone's predictors.
-        temperature: Of the Gumbel-softmax by which training samples, > 0; 1 unless changed.
-        extra_kept: Share of the cells that training keeps whatever the predictor says, in [0, 1];
-            0 unless changed, as ``KeepRatioSchedule`` does.
-        has_ratio_loss: Whether something trains the predictor towards the keep ratio; set by
+        keep_ratios: Target keep ratio of each decision; change them by ``set_keep_ratio``.
+        decisions: Decisions of the last forward that came to its end, in their order.
+        has_ratio_loss: Whether something trains the predictors towards the keep ratios; set by
             ``SparsityHook``. A predictor that trains without it warns once.
+        follows: Whether a neck or head takes the scores of the backbone's predictors.
 
     Args:
-        sparsity: Ratio, selector and predictor.
-        embed_dims: Channels of what the predictor sees. Without a predictor the calls bring the
-            scores themselves.
+        sparsity: Keep ratios, selector and, of a neck or head, predictor.
+        embed_dims: Channels of what the predictor of a neck or head sees. Defaults to None, for a
+            backbone, which has predictors of its own.
+        executions: What ``execution`` may be, some of ``ops.EXECUTIONS``. Defaults to 'gather' and
+            'masked'.
+        falling: Whether no keep ratio may be above the one before. Defaults to False.
     """
 
-    def __init__(self, sparsity: CellSparsity, embed_dims: int) -> None:
+    def __init__(
+        self,
+        sparsity: Sparsity | CellSparsity | None,
+        embed_dims: int | None = None,
+        executions: Sequence[str] = ('gather', 'masked'),
+        falling: bool = False,
+    ) -> None:
         super().__init__()
-        self.selector = sparsity.selector
-        self.follows = sparsity.predictor == BACKBONE
+        self.sparsity = sparsity
+        self.executions = tuple(executions)
+        self.falling = falling
         self.predictor = None
-        if sparsity.predictor is not None and not self.follows:
-            self.predictor = MODELS.build({**sparsity.predictor, 'embed_dims': embed_dims})
-        self.set_keep_ratio(sparsity.keep_ratio)
-        self.decisions: list[Decision] = []
+        self.follows = False
+        if embed_dims is not None:
+            self.follows = sparsity.predictor == BACKBONE
+            if sparsity.predictor is not None and not self.follows:
+                self.predictor = build_part(sparsity.predictor, embed_dims)
+        self.keep_ratios: list[float] = []
+        if sparsity is not None:
+            self.set_keep_ratio(sparsity.keep_ratio)
+        self.decisions: tuple[Decision, ...] = ()
         self.execution = 'gather'
-        self.temperature = 1.0
-        self.extra_kept = 0.0
         self.has_ratio_loss = False
         self._warned = False
 
-    def set_keep_ratio(self, keep_ratio: float) -> None:
-        """Change the keep ratio.
-
-        Raises:
-            ValueError: If it is outside (0, 1].
-        """
-        check_ratio('keep_ratio', keep_ratio)
-        self.keep_ratios = [float(keep_ratio)]
-
     @property
-    def gathers(self) -> bool:
-        """Whether the neck or head runs gathered."""
-        return not self.training and self.execution == 'gather'
+    def execution(self) -> str:
+        """How the part is executed in eval mode, one of ``executions``; see ``ops.Plan``."""
+        return self._execution
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether nothing has to be looked at: every cell is kept and nothing is learned."""
-        return self.keep_ratios[0] >= 1 and not (self.training and self.predictor is not None)
+    @execution.setter
+    def execution(self, value: str) -> None:
+        if value not in self.executions:
+            raise ValueError(f'execution must be one of {self.executions}, got {value!r}')
+        self._execution = value
 
-    def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
-        """Decide for cells.
-
-        A predictor in training mode samples, and its gradient ends at the features. So do scores
-        through which one learns, then exactly the keep ratio, because that predictor may have
-        another. All else selects.
+    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
+        """Change the keep ratios of the built model.
 
         Args:
-            x_BNC: Features of the cells, or without a predictor their log-probabilities
-                [keep, drop], (B, N, 2); with no features at all everything is kept.
-            hw: Rows and columns of cells, with N of them together.
+            keep_ratio: A number in (0, 1]; a backbone continues it by its schedule, or takes one
+                for each decision.
+
+        Raises:
+            ValueError: If a ratio is outside (0, 1], the list has the wrong length, ratios rise
+                where they must not, or the part is dense.
         """
-        decision = self._decide(x_BNC, hw)
-        self.decisions = [] if is_exporting() else [decision]
-        return decision
+        if self.sparsity is None:
+            raise ValueError(
+                f'keep_ratio needs a sparse backbone, got {keep_ratio} for a dense one'
+            )
+        ratios = self.sparsity.resolve(keep_ratio)
+        if self.falling and ratios != sorted(ratios, reverse=True):
+            raise ValueError(
+                'keep_ratio must not rise from one predictor to the next without reactivate, '
+                f'got {ratios}'
+            )
+        self.keep_ratios = ratios
 
-    def keep_all(self, x: Tensor, hw: tuple[int, int]) -> Decision:
-        """Keep all cells of the maps ``x`` (B, ...) without looking."""
-        return self(x.new_empty(len(x), hw[0] * hw[1], 0), hw)
+    def keeps_all(self, index: int = 0, learns: bool = False) -> bool:
+        """Whether nothing has to be looked at: every cell is kept and nothing is learned.
 
-    def known(
-        self, inputs: Sequence[Tensor], hw: tuple[int, int], cell_size: int
-    ) -> Decision | None:
-        """Return the decision if it can be made before anything is computed.
+        Args:
+            index: Number of the decision. Defaults to 0.
+            learns: Whether what scores the cells is in training mode. Defaults to False.
+        """
+        return self.keep_ratios[index] >= 1 and not learns
+
+    def predict(
+        self,
+        cells_BNC: Tensor,
+        hw: tuple[int, int],
+        cell_size: int = 1,
+        index: int = 0,
+        predictor: nn.Module | None = None,
+        among_BN: Tensor | None = None,
+    ) -> Decision:
+        """Decide by a predictor: in training mode it samples, in eval mode it selects.
+
+        What a predictor learns does not change the features it looks at: gradients end there.
+
+        Args:
+            cells_BNC: Features of the cells.
+            hw: Height and width of the map, in locations.
+            cell_size: Side of a cell, in locations. Defaults to 1.
+            index: Number of the decision. Defaults to 0.
+            predictor: Defaults to None, the decider's own.
+            among_BN: 1 for the cells that may be kept, 0 for others. Defaults to None, all.
+        """
+        predictor = predictor or self.predictor
+        with region('predictor'):
+            log_probs = predictor(cells_BNC.detach())
+        return self.decide(log_probs, hw, cell_size, index, predictor.training, among_BN=among_BN)
+
+    def decide(
+        self,
+        log_probs_BN2: Tensor,
+        hw: tuple[int, int],
+        cell_size: int = 1,
+        index: int = 0,
+        sample: bool = False,
+        exact: bool = False,
+        among_BN: Tensor | None = None,
+    ) -> Decision:
+        """Decide by scores: sample at the keep ratio, or select.
+
+        Args:
+            log_probs_BN2: (B, N, 2) log-probabilities [keep, drop].
+            hw: Height and width of the map, in locations.
+            cell_size: Side of a cell, in locations. Defaults to 1.
+            index: Number of the decision. Defaults to 0.
+            sample: Whether to sample, with a gradient. Defaults to False.
+            exact: Whether a sample keeps exactly the keep ratio. Defaults to False.
+            among_BN: 1 for the cells that the decision before kept, 0 for others; no others are
+                kept. Defaults to None, all.
+        """
+        ratio, selector = self.keep_ratios[index], self.sparsity.selector
+        if sample:
+            self._warn_without_loss(ratio, exact)
+            return sample_decision(log_probs_BN2, hw, ratio, selector, cell_size, exact, among_BN)
+        if ratio >= 1:
+            return keep_all(len(log_probs_BN2), hw, log_probs_BN2.device, cell_size)
+        among_ratio = 1.0 if among_BN is None else self.keep_ratios[index - 1]
+        return select_decision(log_probs_BN2, hw, ratio, selector, cell_size, among_BN, among_ratio)
+
+    def decide_early(self, inputs: Sequence[Tensor], hw: tuple[int, int]) -> Decision | None:
+        """Return a neck's or head's decision if it can be made before anything is computed.
 
         It can if everything is kept, and if the backbone's predictors are followed. Of the
-        backbone's decisions the last one whose locations are no larger than the cells is taken,
-        or else the finest; where the backbone keeps everything without looking, so is here.
+        backbone's decisions the last one whose cells are no larger is taken, or else the finest;
+        where the backbone keeps everything without looking, so is here. Scores that carry a
+        gradient are sampled, exactly at the keep ratio: they were learned at another one.
 
         Args:
             inputs: What the neck or head gets.
-            hw: Height and width of the map of which the cells are.
-            cell_size: Side of a cell, in positions.
+            hw: Height and width of the map that the decision is about.
 
         Raises:
             ValueError: If the backbone's predictors are to be followed, and the inputs carry no
                 decisions.
         """
-        grid = cell_grid(hw, cell_size)
-        if self.keeps_all:
-            return self.keep_all(inputs[0], grid)
+        everything = keep_all(len(inputs[0]), hw, inputs[0].device, self.sparsity.cell_size)
+        if self.keeps_all(learns=self.training and self.predictor is not None):
+            return everything
         if not self.follows:
             return None
         decisions = getattr(inputs, 'decisions', ())
@@ -174,49 +198,71 @@ class Decider(nn.Module):
                 'sparse backbone and with no neck in between that leaves them behind, got a '
                 f'{type(inputs).__name__} of maps without'
             )
-        source = _last_fine(decisions, grid)
-        if source.keeps_all and not source.scores.requires_grad:
-            return self.keep_all(inputs[0], grid)
-        return self(_cell_scores(source, hw, cell_size), grid)
+        source = _last_fine(decisions, everything.grid)
+        learns = source.scores.requires_grad
+        if source.keeps_all and not learns:
+            return everything
+        scores = _cell_scores(source, hw, self.sparsity.cell_size)
+        sample = self.training and learns
+        return self.decide(scores, hw, self.sparsity.cell_size, sample=sample, exact=sample)
 
-    def _decide(self, x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
-        (ratio,) = self.keep_ratios
-        sampling = dict(temperature=self.temperature, selector=self.selector, extra=self.extra_kept)
-        if self.predictor is not None and self.predictor.training:
-            self._warn_without_loss(ratio)
-            scores = self.predictor(x_BNC.detach())
-            return sample_decision(scores, hw, ratio, **sampling)
-        if ratio >= 1 or x_BNC.shape[-1] == 0:
-            return keep_all(x_BNC, hw)
-        if self.training and self.follows and x_BNC.requires_grad:
-            return sample_decision(x_BNC, hw, ratio, exact=True, **sampling)
-        if self.predictor is not None:
-            with region('predictor'):
-                x_BNC = self.predictor(x_BNC)
-        if self.training:
-            ratio = 1 - (1 - ratio) * (1 - self.extra_kept)
-        return select_decision(x_BNC, hw, ratio, self.selector, self.gathers)
+    def plan(self, decision: Decision) -> Plan:
+        """Choose how a neck or head executes its decision."""
+        return plan(decision, self.execution, self.training, of_cells=True)
 
-    def _warn_without_loss(self, ratio: float) -> None:
-        if ratio < 1 and not self.has_ratio_loss and not self._warned:
+    def forward(self, decisions: Sequence[Decision]) -> None:
+        """Show the decisions of a whole forward, which has come to its end, to hooks and users."""
+        self.decisions = () if is_exporting() else tuple(decisions)
+
+    def _warn_without_loss(self, ratio: float, exact: bool) -> None:
+        if ratio < 1 and not exact and not self.has_ratio_loss and not self._warned:
             self._warned = True
             print_log(
-                'A sparse neck or head trains without a ratio loss, so nothing holds its keep '
-                "rate: add custom_hooks=[dict(type='mmdynsparse.SparsityHook')] to the config.",
+                'A sparse part trains without a ratio loss, so nothing holds its keep rate: add '
+                "custom_hooks=[dict(type='mmdynsparse.SparsityHook')] to the config.",
                 logger='current',
                 level=logging.WARNING,
             )
 
     def __getstate__(self) -> dict:
-        """Copies and pickles leave the last decision, and its graph, behind."""
-        return {**self.__dict__, 'decisions': []}
+        """Copies and pickles leave the last decisions, and their graph, behind."""
+        return {**super().__getstate__(), 'decisions': ()}
+
+
+def deciders(model: nn.Module) -> dict[str, Decider]:
+    """Find the sparse parts of a model.
+
+    Returns:
+        The decider of each part, by the part's name in the model, in the order of the model.
+    """
+    return {
+        name.removesuffix('decider').removesuffix('.'): module
+        for name, module in model.named_modules()
+        if isinstance(module, Decider) and module.keep_ratios
+    }
+
+
+def keep_ratios(model: nn.Module) -> list[float]:
+    """Return the keep ratios of all decisions of a model, in the order of its parts."""
+    return [ratio for decider in deciders(model).values() for ratio in decider.keep_ratios]
+
+
+def keep_everything(model: nn.Module) -> None:
+    """Set all keep ratios of a model to 1."""
+    for decider in deciders(model).values():
+        decider.set_keep_ratio(1.0)
+
+
+def build_part(cfg: dict, embed_dims: int) -> nn.Module:
+    """Build a predictor or fast path for ``embed_dims`` channels."""
+    return MODELS.build({**cfg, 'embed_dims': embed_dims})
 
 
 def _last_fine(decisions: Sequence[Decision], grid: tuple[int, int]) -> Decision:
     """Return the last decision that is at least as fine as a grid, or else the finest."""
     best = decisions[0]
     for decision in decisions[1:]:
-        if all(n >= min(m, k) for n, m, k in zip(decision.hw, best.hw, grid, strict=True)):
+        if all(n >= min(m, k) for n, m, k in zip(decision.grid, best.grid, grid, strict=True)):
             best = decision
     return best
 
@@ -224,23 +270,24 @@ def _last_fine(decisions: Sequence[Decision], grid: tuple[int, int]) -> Decision
 def _cell_scores(decision: Decision, hw: tuple[int, int], cell_size: int) -> Tensor:
     """Return log-probabilities (B, N, 2) of the cells of a map from a decision's scores.
 
-    Strides are powers of two. Locations at the right and bottom edge may then reach beyond the map;
+    Strides are powers of two. Cells at the right and bottom edge may then reach beyond the map;
     others are taken to divide it evenly.
 
     Args:
         decision: Made at any stride.
         hw: Height and width of the map.
-        cell_size: Side of its cells, in positions.
+        cell_size: Side of its cells, in locations.
     """
-    (h, w), side = decision.hw, decision.cell_size
-    while side * h < hw[0] or side * w < hw[1]:
-        side *= 2
-    if cell_grid(hw, side) != (h, w):
+    (rows, columns), stride = decision.grid, 1
+    while stride * decision.hw[0] < hw[0] or stride * decision.hw[1] < hw[1]:
+        stride *= 2
+    side = stride * decision.cell_size  # of the decision's cells, on the map
+    if cell_grid(hw, side) != (rows, columns):
         new_hw, size = hw, cell_size
     elif cell_size % side:
-        new_hw, size = (h * side, w * side), cell_size
+        new_hw, size = (rows * side, columns * side), cell_size
     else:
-        new_hw, size = (h, w), cell_size // side
-    scores = resize_scores(decision.scores, (h, w), new_hw, size)
+        new_hw, size = (rows, columns), cell_size // side
+    scores = resize_scores(decision.scores, (rows, columns), new_hw, size)
     rows, columns = cell_grid(hw, cell_size)
     return scores.unflatten(1, cell_grid(new_hw, size))[:, :rows, :columns].flatten(1, 2)

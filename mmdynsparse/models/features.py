@@ -11,37 +11,36 @@ from ..ops import Decision
 class Features(tuple):
     """Feature maps of a backbone or neck, with the decisions of the forward that made them.
 
-    OpenMMLab's models hand it on as the tuple that it is. A neck that makes another tuple of it
-    leaves the decisions behind.
+    OpenMMLab's models hand it on as the tuple that it is. A neck that makes other maps leaves the
+    decisions behind. The first map carries them as well: a wrapper that rebuilds the tuple of the
+    same maps, as ``type(x)(f(y) for y in x)`` of sharded training does, keeps them.
 
     Args:
         maps: The feature maps.
-        decisions: In the order in which they were made. Defaults to none.
-        cell_size: Side of a location of the last decision in the first map, in positions, if it
-            is a neck's, which is about these maps. Defaults to None, a backbone's.
+        decisions: In the order in which they were made. Those of a neck are about its maps.
+            Defaults to None, those that the first map carries.
     """
 
     decisions: tuple[Decision, ...]
-    cell_size: int | None
 
     def __new__(
-        cls,
-        maps: Iterable[Tensor],
-        decisions: Sequence[Decision] = (),
-        cell_size: int | None = None,
+        cls, maps: Iterable[Tensor], decisions: Sequence[Decision] | None = None
     ) -> 'Features':
         """Make the tuple of ``maps``."""
         self = super().__new__(cls, maps)
+        if decisions is None:
+            self.decisions = getattr(self[0], 'decisions', ()) if self else ()
+            return self
         self.decisions = tuple(decisions)
-        self.cell_size = cell_size
+        # Compiled code makes the tuple once, and nothing rebuilds it within.
+        if self and isinstance(self[0], Tensor) and not torch.compiler.is_compiling():
+            self[0].decisions = self.decisions
         return self
 
 
-def with_decisions(
-    maps: Iterable[Tensor], decisions: Sequence[Decision], cell_size: int | None = None
-) -> tuple:
+def with_decisions(maps: Iterable[Tensor], decisions: Sequence[Decision]) -> tuple:
     """Return :class:`Features`, or a plain tuple of the maps while they are exported."""
-    return tuple(maps) if is_exporting() else Features(maps, decisions, cell_size)
+    return tuple(maps) if is_exporting() else Features(maps, decisions)
 
 
 def is_exporting() -> bool:

@@ -1,11 +1,13 @@
-"""The ``sparsity`` argument of a backbone, checked and completed."""
+"""The ``sparsity`` argument of backbones, necks and heads, checked and completed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 from ..ops import SELECTORS
 
+# In place of a predictor's config: the scores come with the feature maps.
+BACKBONE = 'backbone'
 # Ratios of consecutive predictors of one stage (Rao et al., T-PAMI 2023, section 4.1); rounded,
 # because 0.7 - 0.2 in binary is just below 0.5 and would keep one location less.
 SCHEDULES = {
@@ -52,30 +54,36 @@ class Sparsity:
     attention: bool = False
 
     @classmethod
-    def from_cfg(cls, cfg: Mapping, depths: Sequence[int]) -> 'Sparsity':
+    def from_cfg(cls, cfg: Mapping, depths: Sequence[int], **defaults) -> 'Sparsity':
         """Check a config's ``sparsity`` dict against the depths of the stages.
+
+        Args:
+            cfg: The dict.
+            depths: Blocks of each stage.
+            **defaults: Of a family, where they differ from those of this class.
 
         Raises:
             ValueError: If a key is unknown or missing, or a value is outside its range.
         """
-        allowed = tuple(cls.__dataclass_fields__)
-        if unknown := sorted(set(cfg) - set(allowed)):
-            raise ValueError(f'sparsity takes the keys {allowed}, got {unknown}')
-        if 'keep_ratio' not in cfg:
-            raise ValueError(f'sparsity needs keep_ratio, in (0, 1], got only {sorted(cfg)}')
-        self = cls(**cfg)
+        check_keys(cfg, cls)
+        self = cls(**{**defaults, **cfg})
         check_choice('sparsity.schedule', self.schedule, SCHEDULES)
         check_choice('sparsity.selector', self.selector, SELECTORS)
+        check_part('sparsity.predictor', self.predictor)
+        check_part('sparsity.fast_path', self.fast_path, or_none=True)
         locations = default_locations(depths) if self.locations is None else self.locations
-        locations = {int(stage): tuple(blocks) for stage, blocks in locations.items()}
-        _check_locations(locations, depths)
-        self = cls(**{**cfg, 'locations': dict(sorted(locations.items()))})
+        self = replace(self, locations=_checked_locations(locations, depths))
         _check_cell_size(self.cell_size, len(depths))
         _check_follow(self.follow, self.locations)
         if not isinstance(self.attention, bool):
             raise ValueError(f'sparsity.attention must be True or False, got {self.attention!r}')
         self.resolve(self.keep_ratio)
         return self
+
+    def index(self, stage: int, block: int) -> int:
+        """Return the number of the decision that is made before a block."""
+        places = [(i, b) for i, blocks in self.locations.items() for b in blocks]
+        return places.index((stage, block))
 
     def resolve(self, keep_ratio: float | Sequence[float]) -> list[float]:
         """Return the keep ratio of every decision, in the order of stages and blocks.
@@ -113,6 +121,58 @@ class Sparsity:
         return [float(r) for r in ratios]
 
 
+@dataclass(frozen=True)
+class CellSparsity:
+    """In how many cells the large convolutions of a neck or head run.
+
+    Args:
+        keep_ratio: Share of the cells of each image that are kept, in (0, 1].
+        cell_size: Side of a cell, in positions of the finest map: an even number. Defaults to 8.
+        selector: How cells are selected at inference, see :class:`Sparsity`. Defaults to 'topk'.
+        predictor: Config of the predictor, or 'backbone' for the scores of the backbone's, at this
+            keep ratio. Defaults to None, which is up to the neck or head.
+    """
+
+    keep_ratio: float
+    cell_size: int = 8
+    selector: str = 'topk'
+    predictor: Mapping | str | None = None
+
+    @classmethod
+    def from_cfg(cls, cfg: Mapping, **defaults) -> 'CellSparsity':
+        """Check a config's ``sparsity`` dict.
+
+        Args:
+            cfg: The dict.
+            **defaults: Of a neck or head, where they differ from those of this class.
+
+        Raises:
+            ValueError: If a key is unknown or missing, or a value is outside its range.
+        """
+        check_keys(cfg, cls)
+        self = cls(**{**defaults, **cfg})
+        self.resolve(self.keep_ratio)
+        check_choice('sparsity.selector', self.selector, SELECTORS)
+        if not isinstance(self.cell_size, int) or self.cell_size < 2 or self.cell_size % 2:
+            raise ValueError(
+                f'sparsity.cell_size must be an even number from 2 on, got {self.cell_size!r}'
+            )
+        if self.predictor not in (None, BACKBONE) and not _is_part(self.predictor):
+            raise ValueError(
+                f'sparsity.predictor must be a config or {BACKBONE!r}, got {self.predictor!r}'
+            )
+        return self
+
+    def resolve(self, keep_ratio: float) -> list[float]:
+        """Return the keep ratio of the only decision.
+
+        Raises:
+            ValueError: If it is outside (0, 1].
+        """
+        check_ratio('sparsity.keep_ratio', keep_ratio)
+        return [float(keep_ratio)]
+
+
 def default_locations(depths: Sequence[int]) -> dict[int, tuple[int, ...]]:
     """Return the published places: in the third stage, blocks 1-2-3 of 6 or 2-4-6 of 18."""
     stage = min(2, len(depths) - 1)
@@ -121,9 +181,27 @@ def default_locations(depths: Sequence[int]) -> dict[int, tuple[int, ...]]:
     return {stage: blocks or (0,)}
 
 
+def check_keys(cfg: Mapping, cls: type) -> None:
+    """Raise a ValueError if a ``sparsity`` argument is no dict of the fields of a class."""
+    allowed = tuple(cls.__dataclass_fields__)
+    if not isinstance(cfg, Mapping):
+        raise ValueError(f'sparsity must be None or a dict with the keys {allowed}, got {cfg!r}')
+    if unknown := sorted(set(cfg) - set(allowed), key=str):
+        raise ValueError(f'sparsity takes the keys {allowed}, got {unknown}')
+    if 'keep_ratio' not in cfg:
+        raise ValueError(f'sparsity needs keep_ratio, in (0, 1], got only {sorted(cfg)}')
+
+
+def check_part(name: str, cfg: object, or_none: bool = False) -> None:
+    """Raise a ValueError if a value is no config of a module."""
+    if not _is_part(cfg) and not (cfg is None and or_none):
+        none = 'None or ' if or_none else ''
+        raise ValueError(f"{name} must be {none}a config such as dict(type='...'), got {cfg!r}")
+
+
 def check_choice(name: str, value: str, allowed: Mapping) -> None:
     """Raise a ValueError if a value is none of those allowed."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f'{name} must be one of {tuple(allowed)}, got {value!r}')
 
 
@@ -133,20 +211,38 @@ def check_ratio(name: str, value: float, hint: str = '') -> None:
         raise ValueError(f'{name} must be a number in (0, 1], got {value!r}{hint}')
 
 
-def _check_locations(locations: dict[int, tuple[int, ...]], depths: Sequence[int]) -> None:
+def _is_part(cfg: object) -> bool:
+    return isinstance(cfg, Mapping) and 'type' in cfg
+
+
+def _checked_locations(locations: object, depths: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Return the blocks of each stage, in the order of stages."""
+    if not isinstance(locations, Mapping):
+        raise ValueError(
+            'sparsity.locations must be a dict of stages and lists of their blocks, such as '
+            f'{default_locations(depths)}, got {locations!r}'
+        )
     if not locations:
         raise ValueError('sparsity.locations takes at least one stage, got none')
+    checked = {}
     for stage, blocks in locations.items():
-        if not 0 <= stage < len(depths):
+        if str(stage) not in map(str, range(len(depths))):
             raise ValueError(
-                f'sparsity.locations takes stages 0 to {len(depths) - 1}, got stage {stage}'
+                f'sparsity.locations takes stages 0 to {len(depths) - 1}, got stage {stage!r}'
             )
-        valid = all(isinstance(b, int) and 0 <= b < depths[stage] for b in blocks)
-        if not blocks or not valid or list(blocks) != sorted(set(blocks)):
+        last = depths[int(stage)] - 1
+        is_list = isinstance(blocks, list | tuple) and len(blocks) > 0
+        if (
+            not is_list
+            or not all(isinstance(b, int) and 0 <= b <= last for b in blocks)
+            or list(blocks) != sorted(set(blocks))
+        ):
             raise ValueError(
-                f'sparsity.locations[{stage}] takes ascending block indices '
-                f'0 to {depths[stage] - 1}, got {blocks}'
+                f'sparsity.locations[{stage}] takes a list of ascending block indices 0 to {last}, '
+                f'got {blocks!r}'
             )
+        checked[int(stage)] = tuple(blocks)
+    return dict(sorted(checked.items()))
 
 
 def _check_cell_size(cell_size: Sequence[int] | None, stages: int) -> None:

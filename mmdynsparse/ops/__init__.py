@@ -18,21 +18,22 @@ from .cells import (
 from .linear import linear
 from .regions import REGIONS, region
 from .resize import enlarge_rows
-from .rows import put_rows
+from .rows import put_rows, shapes_may_vary
 from .select import (
     FIXED_BUDGET,
     SELECTORS,
     Decision,
     keep_all,
+    kept_and_dropped,
+    location_mask,
+    location_scores,
     num_kept,
     resize_scores,
     sample_decision,
     select_decision,
-    spread_decision,
-    with_positions,
 )
 from .tokens import TokenSubset, policy_softmax, put_tokens, take_tokens, token_subset
-from .two_paths import gathering_pays, two_paths
+from .two_paths import BREAK_EVEN, DENSE, EXECUTIONS, Plan, form_of, plan, two_paths
 from .windows import (
     WindowLayout,
     WindowRows,
@@ -40,15 +41,20 @@ from .windows import (
     relative_position_index,
     shift_mask,
     window_layout,
-    window_rows,
+    window_partition,
+    window_unpartition,
 )
 
 __all__ = [
+    'BREAK_EVEN',
+    'DENSE',
+    'EXECUTIONS',
     'FIXED_BUDGET',
     'REGIONS',
     'SELECTORS',
     'CellRows',
     'Decision',
+    'Plan',
     'TokenSubset',
     'WindowLayout',
     'WindowRows',
@@ -59,12 +65,16 @@ __all__ = [
     'cell_rows',
     'cell_table',
     'enlarge_rows',
-    'gathering_pays',
+    'form_of',
     'keep_all',
+    'kept_and_dropped',
     'kept_window_rows',
     'linear',
+    'location_mask',
+    'location_scores',
     'map_tiles',
     'num_kept',
+    'plan',
     'policy_softmax',
     'put_rows',
     'put_tiles',
@@ -74,9 +84,9 @@ __all__ = [
     'resize_scores',
     'sample_decision',
     'select_decision',
+    'shapes_may_vary',
     'shift_mask',
     'sparse_table',
-    'spread_decision',
     'table_map',
     'take_tiles',
     'take_tokens',
@@ -84,6 +94,6 @@ __all__ = [
     'token_subset',
     'two_paths',
     'window_layout',
-    'window_rows',
-    'with_positions',
+    'window_partition',
+    'window_unpartition',
 ]

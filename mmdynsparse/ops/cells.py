@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .caching import cached
-from .rows import put_rows
+from .rows import put_rows, shapes_may_vary
 
 
 class CellRows(NamedTuple):
@@ -56,16 +56,16 @@ def cell_mask(mask_BN: Tensor, hw: tuple[int, int], size: int) -> Tensor:
 def cell_positions(cells_K: Tensor, batch: int, hw: tuple[int, int], size: int) -> Tensor:
     """Return the positions of chosen cells in the flattened (B * H * W) batch of maps, (R,) int64.
 
-    They come cell by cell. Where shapes must be static, in compiled code and on CUDA, each cell has
-    ``size ** 2`` of them: what a cell at the edge lacks is its first position again.
+    They come cell by cell. Where shapes may not depend on values (``shapes_may_vary``) each cell
+    has ``size ** 2`` of them: a cell at the edge repeats its first position.
     """
     rows = _rows_of_cells(batch, hw, size, 0, cells_K.device).index_select(0, cells_K)
     if hw[0] % size == 0 and hw[1] % size == 0:
         return rows.flatten()
     inside = rows < batch * hw[0] * hw[1]
-    if torch.compiler.is_compiling() or rows.is_cuda:
-        return rows.where(inside, rows[:, :1]).flatten()
-    return rows[inside]
+    if shapes_may_vary(rows.device):
+        return rows[inside]
+    return rows.where(inside, rows[:, :1]).flatten()
 
 
 def cell_rows(cells_K: Tensor, batch: int, hw: tuple[int, int], size: int, halo: int) -> CellRows:
@@ -78,18 +78,19 @@ def cell_rows(cells_K: Tensor, batch: int, hw: tuple[int, int], size: int, halo:
         size: Side g of a cell, in positions.
         halo: Width of the border that a tile adds on each side.
     """
-    rows = batch * hw[0] * hw[1]
-    inner = _rows_of_cells(batch, hw, size, 0, cells_K.device).index_select(0, cells_K).flatten()
-    tile = _rows_of_cells(batch, hw, size, halo, cells_K.device).index_select(0, cells_K).flatten()
+    rows, device = batch * hw[0] * hw[1], cells_K.device
+    inner = _rows_of_cells(batch, hw, size, 0, device).index_select(0, cells_K).flatten()
+    tile = _rows_of_cells(batch, hw, size, halo, device).index_select(0, cells_K).flatten()
     inner = torch.where(inner == rows, rows + 1, inner)
-    if torch.compiler.is_compiling() or tile.is_cuda:
-        # Static shapes, and nothing waits for the device: rows in several tiles count for each.
-        slots = torch.arange(len(tile), device=tile.device)
+    if not shapes_may_vary(device):
+        # A row that lies in several tiles counts once for each.
+        slots = torch.arange(len(tile), device=device)
         tile_of_near = torch.where(tile == rows, len(tile), slots)
         return CellRows(inner, tile, tile.clamp(max=rows - 1), tile_of_near)
-    covered = torch.zeros(rows + 1, dtype=torch.bool).index_fill_(0, tile, True)
+    covered = torch.zeros(rows + 1, dtype=torch.bool, device=device).index_fill_(0, tile, True)
     near = covered[:rows].nonzero().squeeze(1)
-    slots = torch.full((rows + 1,), len(near)).index_copy_(0, near, torch.arange(len(near)))
+    slots = torch.full((rows + 1,), len(near), device=device)
+    slots = slots.index_copy_(0, near, torch.arange(len(near), device=device))
     return CellRows(inner, tile, near, slots.index_select(0, tile))
 
 

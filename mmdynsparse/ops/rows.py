@@ -17,6 +17,14 @@ def plain_inference(x: Tensor) -> bool:
     return x.device.type == 'cpu'
 
 
+def shapes_may_vary(device: torch.device) -> bool:
+    """Whether the shape of a tensor may depend on values, such as the number of kept windows.
+
+    Elsewhere than on a CPU the host would wait for the device, and compiled code is static.
+    """
+    return device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
 def put_rows(table_PC: Tensor, rows_R: Tensor, values_RC: Tensor) -> None:
     """Do ``table_PC.index_copy_(0, rows_R, values_RC)`` in the form that is fastest on the device.
 

@@ -1,8 +1,8 @@
-"""From importance scores to a decision: which locations take the slow path.
+"""From a keep ratio and importance scores to a mask: which cells take the slow path.
 
 Training samples with the straight-through Gumbel-softmax (Rao et al., T-PAMI 2023, section 3.2;
-DynamicViT, eq. 5-7); inference selects without noise. Dimension letters: B images, N locations
-(H * W, row by row), K kept and M dropped locations of the whole batch.
+DynamicViT, eq. 5-7); inference selects without noise. Dimension letters: B images, N cells of an
+image (row by row), K kept and M dropped cells of the whole batch.
 """
 
 from collections.abc import Callable
@@ -12,78 +12,79 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cells import cell_mask, cell_means, cell_positions
+from .cells import cell_grid, cell_mask, cell_means
 from .regions import region
 
 
 class Decision(NamedTuple):
-    """Which locations of a batch of feature maps take the slow path.
+    """Which cells of a batch of feature maps take the slow path.
+
+    A cell is a square of ``cell_size`` x ``cell_size`` locations. Cells at the right and bottom
+    edge may reach beyond the map. With ``cell_size`` 1 a cell is one location.
 
     Attributes:
-        mask: (B, N) float32, 1 where a location is kept and 0 elsewhere; in training it carries
-            the straight-through gradient of the predictor.
+        mask: (B, N) float32, 1 where a cell is kept and 0 elsewhere; in training it carries the
+            straight-through gradient of the predictor.
         scores: (B, N) float32, log P(keep).
-        hw: Height and width of the map, H * W = N.
+        hw: Height and width of the map, in locations.
         ratio: Target keep ratio in (0, 1].
-        kept: (K,) int64, sorted positions of the kept locations in the flattened (B * N) batch,
-            or None when the decision was made for masked execution. ``spread_decision`` has
-            another order, and where shapes are static some positions several times.
-        dropped: (M,) int64, the other positions, K + M = B * N, or None like ``kept``.
-        cell_size: Side of a location in those of the stage's map, where what is decided for are
-            its cells.
+        cell_size: Side of a cell, in locations. Defaults to 1.
+        count: How many cells are kept in each image, if the selector says so before it looks at
+            the scores; None if it depends on them, or on samples. Defaults to None.
     """
 
     mask: Tensor
     scores: Tensor
     hw: tuple[int, int]
     ratio: float
-    kept: Tensor | None = None
-    dropped: Tensor | None = None
     cell_size: int = 1
+    count: int | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of cells, N of them together."""
+        return cell_grid(self.hw, self.cell_size)
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the target is to keep every location, that is, the dense computation."""
+        """Whether the target is to keep every cell, that is, the dense computation."""
         return self.ratio >= 1
 
 
-def keep_all(x_BNC: Tensor, hw: tuple[int, int]) -> Decision:
-    """Return the decision that keeps every location of ``x_BNC``, made without a predictor."""
-    ones_BN = torch.ones(x_BNC.shape[:2], device=x_BNC.device)
-    return Decision(ones_BN, torch.zeros_like(ones_BN), hw, 1.0)
+def keep_all(batch: int, hw: tuple[int, int], device: torch.device, cell_size: int = 1) -> Decision:
+    """Return the decision that keeps every cell, made without a predictor."""
+    rows, columns = cell_grid(hw, cell_size)
+    ones_BN = torch.ones(batch, rows * columns, device=device)
+    return Decision(ones_BN, torch.zeros_like(ones_BN), hw, 1.0, cell_size, rows * columns)
 
 
 def sample_decision(
     log_probs_BN2: Tensor,
     hw: tuple[int, int],
     ratio: float,
-    temperature: float = 1.0,
     selector: str = 'topk',
+    cell_size: int = 1,
     exact: bool = False,
-    extra: float = 0.0,
+    among_BN: Tensor | None = None,
 ) -> Decision:
     """Sample a decision for training, with a gradient for the predictor.
 
     The mask is hard in the forward pass and the Gumbel-softmax probability in the backward pass.
-    With ``ratio`` 1 every location is kept without noise; the gradient that says how much keeping
-    a location helps still reaches the predictor.
+    With ``ratio`` 1 every cell is kept without noise; the gradient that says how much keeping a
+    cell helps still reaches the predictor.
 
     Args:
         log_probs_BN2: (B, N, 2) log-probabilities [keep, drop].
-        hw: Height and width of the map.
+        hw: Height and width of the map, in locations.
         ratio: Target keep ratio in (0, 1].
-        temperature: Of the Gumbel-softmax, > 0; it changes the gradient, not how often a location
-            is kept. Defaults to 1.
-        selector: How locations will be selected at inference. 'random' selects them so here too,
-            and its gradient is zero; no other makes a difference. Defaults to 'topk'.
-        exact: Whether exactly the ``int(N * ratio)`` locations of each image are kept that the
-            noise makes most probable, whatever the probabilities add up to: for scores that were
+        selector: How cells will be selected at inference. 'random' selects them so here too, and
+            its gradient is zero; no other makes a difference. Defaults to 'topk'.
+        cell_size: Side of a cell, in locations. Defaults to 1.
+        exact: Whether exactly the ``int(N * ratio)`` cells of each image are kept that the noise
+            makes most probable, whatever the probabilities add up to: for scores that were
             learned at another keep ratio. The decision's ratio is then that share, so that a
             ratio loss has no say. Defaults to False.
-        extra: Share of the locations that is kept whatever the predictor says, in [0, 1], at
-            random; nothing is learned from them. The decision's ratio becomes
-            1 - (1 - ratio) * (1 - extra), so a ratio loss pulls the predictor towards ``ratio``
-            all the same. Defaults to 0.
+        among_BN: 1 for the cells that may be kept, 0 for others. Defaults to None, all.
     """
     log_probs_BN2 = log_probs_BN2.float()
     if ratio >= 1:
@@ -92,20 +93,18 @@ def sample_decision(
     elif selector == 'random':
         # Zero, but a part of the graph: distributed training wants a gradient for each parameter.
         soft_BN = 0 * log_probs_BN2[..., 0].exp()
-        hard_BN = random_mask(log_probs_BN2[..., 0].detach(), ratio)
+        hard_BN = random_mask(_only(log_probs_BN2[..., 0].detach(), among_BN), ratio)
     else:
-        soft_BN = F.gumbel_softmax(log_probs_BN2, tau=temperature, dim=-1)[..., 0]
+        soft_BN = F.gumbel_softmax(log_probs_BN2, dim=-1)[..., 0]
         hard_BN = (soft_BN > 0.5).float()
         if exact:
             hard_BN = topk_mask(soft_BN.detach(), ratio)
             ratio = num_kept(soft_BN.shape[1], ratio) / soft_BN.shape[1]
-    if extra > 0 and ratio < 1:
-        extra_BN = torch.rand_like(soft_BN) < extra
-        soft_BN, hard_BN = soft_BN.masked_fill(extra_BN, 0.0), hard_BN.masked_fill(extra_BN, 1.0)
-        ratio = 1 - (1 - ratio) * (1 - extra)
     # The bracket is exactly zero, so the mask is exactly 0 or 1.
     mask_BN = hard_BN + (soft_BN - soft_BN.detach())
-    return Decision(mask_BN, log_probs_BN2[..., 0], hw, ratio)
+    if among_BN is not None:
+        mask_BN = mask_BN * among_BN
+    return Decision(mask_BN, log_probs_BN2[..., 0], hw, ratio, cell_size)
 
 
 def select_decision(
@@ -113,16 +112,22 @@ def select_decision(
     hw: tuple[int, int],
     ratio: float,
     selector: str = 'topk',
-    gather: bool = True,
+    cell_size: int = 1,
+    among_BN: Tensor | None = None,
+    among_ratio: float = 1.0,
 ) -> Decision:
-    """Select the kept locations of each image at inference.
+    """Select the kept cells of each image at inference.
 
     Args:
         log_probs_BN2: (B, N, 2) log-probabilities [keep, drop].
-        hw: Height and width of the map.
-        ratio: Target keep ratio in (0, 1].
+        hw: Height and width of the map, in locations.
+        ratio: Target keep ratio in (0, 1], a share of all cells.
         selector: A name in ``SELECTORS``. Defaults to 'topk'.
-        gather: Whether to add the positions that gathered execution needs. Defaults to True.
+        cell_size: Side of a cell, in locations. Defaults to 1.
+        among_BN: 1 for the cells that may be kept, 0 for others. Defaults to None, all.
+        among_ratio: Target share of all cells that ``among_BN`` has. 'mass' keeps
+            ``ratio / among_ratio`` of the sum of P(keep) of these cells, so that cells of equal
+            probability are kept in the same number as by 'topk'. Defaults to 1.
 
     Raises:
         ValueError: If a score is NaN. On CUDA the device assertion that stops the process instead
@@ -131,60 +136,42 @@ def select_decision(
     with region('selection'):
         scores_BN = log_probs_BN2[..., 0].float()
         _refuse_nan(scores_BN)
-        mask_BN = SELECTORS[selector](scores_BN, ratio)
-        decision = Decision(mask_BN, scores_BN, hw, ratio)
-        if not gather:
-            return decision
-        return with_positions(
-            decision, num_kept(mask_BN.shape[1], ratio) if selector in FIXED_BUDGET else None
-        )
+        scores_BN = _only(scores_BN, among_BN)
+        share = min(ratio / among_ratio, 1.0) if selector == 'mass' else ratio
+        mask_BN = SELECTORS[selector](scores_BN, share)
+        count = num_kept(mask_BN.shape[1], ratio) if selector in FIXED_BUDGET else None
+        return Decision(mask_BN, scores_BN, hw, ratio, cell_size, count)
 
 
-def with_positions(decision: Decision, kept_per_image: int | None = None) -> Decision:
-    """Add the sorted flat positions of kept and dropped locations to a decision.
+def kept_and_dropped(decision: Decision) -> tuple[Tensor, Tensor]:
+    """Return the positions of the kept and of the dropped cells.
 
-    Args:
-        decision: A decision with a mask (B, N) of zeros and ones.
-        kept_per_image: The number of kept locations if it is the same for every image; the shapes
-            are then static and nothing waits for the device. Defaults to None, which counts.
+    Returns:
+        Kept (K,) and dropped (M,) int64 positions in the flattened (B * N) batch of cells, sorted,
+        K + M = B * N. Shapes are static, and nothing waits for the device, if the decision has a
+        ``count``.
     """
     mask_BN = decision.mask.detach()
-    if kept_per_image is None:
-        keep = mask_BN.flatten() > 0.5
-        kept, dropped = _nonzero(keep), _nonzero(~keep)
-    else:
-        kept, dropped = _positions(mask_BN, kept_per_image)
-    # torch.compile does not keep what _replace returns as an attribute of the model.
-    return Decision(*decision[:4], kept, dropped, decision.cell_size)
+    if decision.count is not None:
+        return _positions(mask_BN, decision.count)
+    keep = mask_BN.flatten() > 0.5
+    return _nonzero(keep), _nonzero(~keep)
 
 
-def spread_decision(decision: Decision, hw: tuple[int, int], cell_size: int) -> Decision:
-    """Turn a decision over the cells of a map into one over its locations.
+def location_mask(decision: Decision) -> Tensor:
+    """Return the mask over the locations of the map, (B, H * W)."""
+    return _spread(decision.mask, decision)
 
-    Its positions are those of ``cell_positions``: not sorted, but cell by cell.
 
-    Args:
-        decision: Over cells.
-        hw: Height and width of the map.
-        cell_size: Side of a cell, in locations.
-    """
-    if cell_size == 1:
-        return decision
-    mask, scores = (cell_mask(values_BN, hw, cell_size).flatten(1) for values_BN in decision[:2])
-    positions = (None, None)
-    if decision.kept is not None:
-        batch = len(mask)
-        positions = (
-            cell_positions(cells_K, batch, hw, cell_size)
-            for cells_K in (decision.kept, decision.dropped)
-        )
-    return Decision(mask, scores, hw, decision.ratio, *positions)
+def location_scores(decision: Decision) -> Tensor:
+    """Return the scores over the locations of the map, (B, H * W)."""
+    return _spread(decision.scores, decision)
 
 
 def resize_scores(
     scores_BN: Tensor, hw: tuple[int, int], new_hw: tuple[int, int], cell_size: int = 1
 ) -> Tensor:
-    """Carry the scores of a decision over to a map of another size.
+    """Carry scores over to a map of another size.
 
     What is averaged or interpolated are logits, log P(keep) - log P(drop).
 
@@ -192,11 +179,11 @@ def resize_scores(
         scores_BN: log P(keep), (B, N); what is below -20 or above -1e-6 counts as that.
         hw: Height and width of their map.
         new_hw: Height and width of the other map, which shows the same area.
-        cell_size: Side g of the cells of the other map that get a score. Defaults to 1, its
-            locations.
+        cell_size: Side of the cells of the other map that get a score, in locations. Defaults to
+            1, its locations.
 
     Returns:
-        (B, N', 2) log-probabilities [keep, drop], one pair for each location or cell.
+        (B, N', 2) log-probabilities [keep, drop], one pair for each cell.
     """
     scores_BN = scores_BN.float().clamp(-20.0, -1e-6)
     logits = scores_BN - (-scores_BN.expm1()).log()
@@ -254,6 +241,16 @@ SELECTORS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 # Those that keep the same number of locations in every image.
 FIXED_BUDGET = ('topk', 'random')
+
+
+def _only(scores_BN: Tensor, among_BN: Tensor | None) -> Tensor:
+    return scores_BN if among_BN is None else scores_BN.masked_fill(among_BN == 0, -torch.inf)
+
+
+def _spread(values_BN: Tensor, decision: Decision) -> Tensor:
+    if decision.cell_size == 1:
+        return values_BN
+    return cell_mask(values_BN, decision.hw, decision.cell_size).flatten(1)
 
 
 def _refuse_nan(scores_BN: Tensor) -> None:

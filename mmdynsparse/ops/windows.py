@@ -1,21 +1,153 @@
-"""Where the tokens of a map stand in its attention windows.
+"""Attention windows of a map, whole or in part.
 
-Pure functions of shapes. Padding to whole windows, the cyclic shift and the partition into
-windows are one permutation, so they cost one gather instead of four copies of the map. Dimension
-letters: B images, L windows of one image, T = window_size ** 2 tokens of a window, N = H * W; of
-a decision, K kept tokens, A windows that hold one and R tokens in these.
+Dense attention cuts the map into windows and puts them back: ``window_partition`` and
+``window_unpartition``. Sparse attention reads some windows only, through index tables:
+``kept_window_rows``.
+
+Source: Liu et al., *Swin Transformer* (arXiv 2103.14030), sections 3.2-3.3. Dimension letters: B
+images, H x W tokens of a map, N = H * W, C channels; L windows of one image, T = window_size ** 2
+tokens of a window, h heads, D = C / h; of a decision, K kept tokens, A windows that hold one and R
+tokens in these. Where all windows attend, A = B * L.
 """
 
+from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .caching import cached
+from .cells import cell_grid
+from .rows import plain_inference, shapes_may_vary
 
 # Share of windows that attend, or of tokens with a query, above which all of them do: no more than
 # a tenth would be saved.
 BREAK_EVEN = 0.9
+
+
+def window_partition(
+    x_BHWC: Tensor,
+    window_size: int,
+    shift: int = 0,
+    padding: Tensor | None = None,
+    split: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """Cut maps into windows as Swin does: pad right and bottom, roll by ``-shift``, cut.
+
+    A 3 x 3 map in windows of 2 x 2 with shift 1, where ``.`` is padding::
+
+        map      padded     rolled       windows
+        1 2 3    1 2 3 .    5 6 | . 4    5 6   . 4   . .   . .
+        4 5 6    4 5 6 .    8 9 | . 7    8 9   . 7   2 3   . 1
+        7 8 9    7 8 9 .    ----+----
+                 . . . .    . . | . .
+                            2 3 | . 1
+
+    Args:
+        x_BHWC: The maps.
+        window_size: Side of a window, in tokens.
+        shift: Cyclic shift in tokens, 0 <= shift < window_size. Defaults to 0.
+        padding: (C,), what the padding holds. Defaults to None, zero.
+        split: Number P of parts (queries, keys, values) and h of heads that make up the channels,
+            C = P * h * D. Defaults to (1, 1).
+
+    Returns:
+        (P, B * L, h, T, D): the windows of an image row by row, and so their tokens.
+    """
+    if padding is None:
+        padding = x_BHWC.new_zeros(x_BHWC.shape[3])
+    if plain_inference(x_BHWC):
+        return _partition_at_once(x_BHWC, window_size, shift, padding, split)
+    x, padding = x_BHWC, padding.to(x_BHWC.dtype)
+    for dim in (1, 2):
+        tokens, gap, moved, rest = _lengths(x.shape[dim], window_size, shift)
+        start, end = x.split((moved, tokens), dim)
+        shapes = ((*x.shape[:dim], n, *x.shape[dim + 1 :]) for n in (gap, rest))
+        gap, rest = (padding.expand(shape) for shape in shapes)
+        parts = [part for part in (end, gap, start, rest) if part.shape[dim]]
+        x = torch.cat(parts, dim) if len(parts) > 1 else x
+    x = x.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size))
+    x = x.transpose(2, 3).reshape(-1, window_size**2, *split, x.shape[-1] // (split[0] * split[1]))
+    return x.permute(2, 0, 3, 1, 4)
+
+
+def window_unpartition(
+    windows_AhTD: Tensor, hw: tuple[int, int], window_size: int, shift: int = 0
+) -> Tensor:
+    """Put the windows of maps together, the inverse of :func:`window_partition` for one part.
+
+    Args:
+        windows_AhTD: All windows of the maps, A = B * L.
+        hw: Height and width of the maps.
+        window_size: Side of a window, in tokens.
+        shift: Cyclic shift in tokens. Defaults to 0.
+
+    Returns:
+        (B, H, W, C), without the padding.
+    """
+    x = windows_AhTD.transpose(1, 2).unflatten(1, (window_size, window_size))
+    x = x.unflatten(0, (-1, *cell_grid(hw, window_size))).transpose(2, 3)
+    if plain_inference(x):
+        maps = x.new_empty(len(x), *hw, *x.shape[-2:])
+        for in_map, in_grid in _blocks(hw, window_size, shift):
+            block = x[in_grid]
+            maps[in_map].view(block.shape).copy_(block)
+        return maps.flatten(3)
+    x = x.flatten(5).flatten(3, 4).flatten(1, 2)
+    for dim, size in enumerate(hw, 1):
+        end, _, start, _ = x.split(_lengths(size, window_size, shift), dim)
+        x = torch.cat((start, end), dim) if shift else end
+    return x
+
+
+def _partition_at_once(
+    x_BHWC: Tensor, window_size: int, shift: int, padding: Tensor, split: tuple[int, int]
+) -> Tensor:
+    """Do what ``window_partition`` does in one copy of the map instead of five."""
+    x = x_BHWC.unflatten(3, (*split, -1))
+    b, h, w, parts, heads, dims = x.shape
+    grid = (b, *cell_grid((h, w), window_size))
+    windows = x.new_empty(parts, *grid, heads, window_size, window_size, dims)
+    # As the map is: (B, rows, side, columns, side, parts, h, D).
+    slots = windows.permute(1, 2, 5, 3, 6, 0, 4, 7)
+    if h % window_size or w % window_size:
+        slots[:, (h - shift) // window_size :] = padding.view(x.shape[3:])
+        slots[:, :, :, (w - shift) // window_size :] = padding.view(x.shape[3:])
+    for in_map, in_grid in _blocks((h, w), window_size, shift):
+        block = slots[in_grid]
+        block.copy_(x[in_map].view(block.shape))
+    return windows.flatten(5, 6).flatten(1, 3)
+
+
+def _lengths(size: int, window_size: int, shift: int) -> tuple[int, int, int, int]:
+    """Lengths along a shifted axis: tokens, padding, tokens moved to the end, padding."""
+    moved = min(shift, size)
+    return size - moved, size + -size % window_size - max(size, shift), moved, shift - moved
+
+
+def _blocks(hw: tuple[int, int], window_size: int, shift: int) -> Iterator[tuple]:
+    """Yield where each block lies: in maps (B, H, W), in windows (B, rows, side, columns, side)."""
+    for y, x in product(*(_pieces(size, window_size, shift) for size in hw)):
+        yield (slice(None), y[0], x[0]), (slice(None), *y[1:], *x[1:])
+
+
+def _pieces(size: int, window_size: int, shift: int) -> list[tuple[slice, slice, slice]]:
+    """Cut an axis of a map into what fills windows, the rest, and what the shift moves to the end.
+
+    Returns:
+        For each piece its positions, its windows, and the offsets that it has in them.
+    """
+    start = min(shift, size)
+    whole, rest = divmod(size - start, window_size)
+    last, offset = (size - 1) // window_size, window_size - shift
+    end = start + whole * window_size
+    pieces = [
+        (slice(start, end), slice(0, whole), slice(0, window_size)),
+        (slice(end, size), slice(whole, whole + 1), slice(0, rest)),
+        (slice(0, start), slice(last, last + 1), slice(offset, offset + start)),
+    ]
+    return [piece for piece in pieces if piece[0].start < piece[0].stop]
 
 
 class WindowLayout(NamedTuple):
@@ -44,8 +176,8 @@ class WindowRows(NamedTuple):
         kv_rows: (P * A * heads * T,) int64, rows of a (R [+ 1], P, heads) table of keys and values,
             P = 2, or without ``queries`` of queries, keys and values, P = 3. Slots in the padding
             read the row behind the last token.
-        out_rows: Rows of a (A, heads, T) table of results that are those of the B * N tokens, or
-            of the K kept ones, for each head.
+        out_rows: (K * heads,) int64, rows of a (A, heads, T) table of results: those of the kept
+            tokens.
     """
 
     windows: Tensor | None
@@ -60,61 +192,22 @@ class WindowRows(NamedTuple):
 def window_layout(
     batch: int, hw: tuple[int, int], window_size: int, shift: int, device: torch.device
 ) -> WindowLayout:
-    """Lay out windows as Swin does: pad right and bottom, roll by ``-shift``, partition.
+    """Find where :func:`window_partition` puts the tokens.
 
     Args:
         batch: Number of images.
         hw: Height and width of the maps.
         window_size: Side of a window, in tokens.
-        shift: Cyclic shift towards the top left, in tokens, 0 <= shift < window_size.
+        shift: Cyclic shift in tokens, 0 <= shift < window_size.
         device: Where the index tensors are put.
     """
-    h, w = hw
-    rows, cols = -(-h // window_size), -(-w // window_size)
-    end_y, end_x = rows * window_size, cols * window_size
-    image_B11 = torch.arange(batch, device=device).view(batch, 1, 1)
-
-    # Closed forms, which a compiler computes where they are read: first what a slot holds.
-    y, x = _rolled(end_y, shift, end_y, device), _rolled(end_x, shift, end_x, device)
-    y, x = y.view(rows, 1, window_size, 1), x.view(cols, 1, window_size)
-    token_LT = (y * w + x).reshape(rows * cols, -1)
-    inside_LT = ((y < h) & (x < w)).reshape(rows * cols, -1)
-    tokens = torch.where(inside_LT, token_LT + image_B11 * (h * w), batch * h * w)
-
-    # Then where a token stands.
-    y, x = _rolled(h, end_y - shift, end_y, device), _rolled(w, end_x - shift, end_x, device)
-    row, col = (y // window_size).view(h, 1), x // window_size
-    y, x = y.view(h, 1) - row * window_size, x - col * window_size
-    slot_HW = (row * cols + col) * window_size**2 + y * window_size + x
-    slots = slot_HW.flatten() + image_B11[..., 0] * (end_y * end_x)
-    return WindowLayout(tokens, slots)
-
-
-def _rolled(count: int, shift: int, end: int, device: torch.device) -> Tensor:
-    """Return ``(i + shift) % end`` for i < count <= end; inductor fails on the ``%`` itself."""
-    i = torch.arange(count, device=device) + shift
-    return torch.where(i < end, i, i - end)
-
-
-@cached
-def window_rows(
-    batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int, device: torch.device
-) -> WindowRows:
-    """Find the rows of all windows and all tokens.
-
-    Args:
-        batch: Number of images.
-        hw: Height and width of the maps.
-        window_size: Side of a window, in tokens.
-        shift: Cyclic shift, in tokens.
-        heads: Attention heads.
-        device: Where the index tensors are put.
-    """
-    layout, t = window_layout(batch, hw, window_size, shift, device), window_size**2
-    window = layout.slots // t
-    out_rows = _out_rows(window, layout.slots - window * t, t, heads)
-    kv_rows = _head_rows(layout.tokens.flatten(0, 1), 3, heads)
-    return WindowRows(None, None, None, None, kv_rows, out_rows)
+    token_BHWC = torch.arange(batch * hw[0] * hw[1], device=device).view(batch, *hw, 1)
+    padding = token_BHWC.new_full((1,), token_BHWC.numel())
+    token_AhTD = window_partition(token_BHWC, window_size, shift, padding)[0]
+    slot_AhTD = torch.arange(token_AhTD.numel(), device=device).view(token_AhTD.shape)
+    slot_BHWC = window_unpartition(slot_AhTD, hw, window_size, shift)
+    tokens = token_AhTD.reshape(batch, -1, window_size**2)
+    return WindowLayout(tokens, slot_BHWC.reshape(batch, -1))
 
 
 def kept_window_rows(
@@ -122,8 +215,8 @@ def kept_window_rows(
 ) -> WindowRows:
     """Find the rows of the windows that hold a kept token, and of the kept tokens in them.
 
-    How many windows there are depends on the decision. Where shapes must be static, in compiled
-    code and on CUDA, it is always all of them.
+    How many windows there are depends on the decision. Where shapes may not depend on it
+    (``shapes_may_vary``) all windows attend.
 
     Args:
         kept_K: Positions in the flattened (B * N) batch of tokens, int64.
@@ -139,8 +232,9 @@ def kept_window_rows(
     window_K = slot_K // t
     offset_K = slot_K - window_K * t
     place_AT, windows, tokens, queries = layout.tokens.flatten(0, 1), None, None, kept_K
-    if not (torch.compiler.is_compiling() or kept_K.is_cuda):
-        holds = torch.zeros(len(place_AT), dtype=torch.bool).index_fill_(0, window_K, True)
+    if shapes_may_vary(device):
+        holds = torch.zeros(len(place_AT), dtype=torch.bool, device=device)
+        holds = holds.index_fill_(0, window_K, True)
         if holds.sum() <= BREAK_EVEN * len(holds):
             windows = holds.nonzero().squeeze(1)
             tokens, place_AT = _places(place_AT.index_select(0, windows), count)

@@ -1,5 +1,5 @@
-"""Helpers for users' scripts and the tools."""
+"""Checkpoints, and the command line."""
 
-from .checkpoint import convert_checkpoint
+from .checkpoints import convert_checkpoint
 
 __all__ = ['convert_checkpoint']

@@ -6,12 +6,17 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..ops import Decision, location_mask
+
 LABEL_HEIGHT = 18  # px
 GAP = 4  # px between panels
 
 
 def draw_keep_maps(
-    image: np.ndarray, decisions: Sequence, index: int, labels: Sequence[str] | None = None
+    image: np.ndarray,
+    decisions: Sequence[Decision],
+    index: int,
+    labels: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Draw an image and, to its right, what each predictor keeps of it.
 
@@ -20,8 +25,7 @@ def draw_keep_maps(
 
     Args:
         image: (H, W, 3) uint8 RGB, the network's input before normalisation, padding included.
-        decisions: Decisions of one forward pass, each with ``mask`` (B, N) and ``hw`` (h, w),
-            N = h * w.
+        decisions: Decisions of one forward pass.
         index: Position of the image in the batch.
         labels: One label per decision. Defaults to None, 'predictor 0', 'predictor 1', ...
 
@@ -43,14 +47,15 @@ def draw_keep_maps(
         batch = len(decision.mask)
         if not 0 <= index < batch:
             raise ValueError(f'index must be in [0, {batch - 1}], got {index}')
-        keep = decision.mask[index].detach().cpu().numpy().reshape(decision.hw) > 0.5
-        panels.append(_labelled(_dim_dropped(image, keep), f'{label}: {keep.mean():.0%} kept'))
+        keep = location_mask(decision)[index].view(decision.hw).detach().cpu().numpy() > 0.5
+        share = decision.mask[index].mean().item()
+        panels.append(_labelled(_dim_dropped(image, keep), f'{label}: {share:.0%} kept'))
     gap = np.full((panels[0].shape[0], GAP, 3), 255, np.uint8)
     return np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
 
 
 def _dim_dropped(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Darken the dropped cells of the grid ``keep`` (h, w) in ``image`` (H, W, 3)."""
+    """Darken where a map ``keep`` (h, w) is false in ``image`` (H, W, 3)."""
     height, width = image.shape[:2]
     keep = cv2.resize(keep.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
     grey = (0.3 * image.mean(axis=2, keepdims=True)).astype(np.uint8)

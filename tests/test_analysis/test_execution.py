@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmdynsparse.analysis.execution import CudaGraph, executed_by, forwards, with_keep_ratio
+from mmdynsparse.analysis.execution import CudaGraph, forwards, with_keep_ratio
 from mmdynsparse.models import SparseSwinTransformer
+from mmdynsparse.models.calls import replaced_methods
 
 X = torch.randn(1, 3, 64, 64)
 
@@ -23,7 +24,7 @@ def test_copies_share_weights_and_have_their_own_ratio(swin):
     with torch.no_grad():
         copy(X)
     assert copy.decisions[0].mask.mean() == 0.25
-    assert swin.decisions == []
+    assert swin.decisions == ()
 
 
 def test_the_first_sparse_part_gets_the_ratio(swin):
@@ -52,7 +53,7 @@ def test_compiled_forward_runs_until_the_end_of_the_context(swin, monkeypatch):
     replacements = forwards([swin], 'compile')
     with torch.no_grad():
         expected = swin(X)
-        with executed_by(replacements):
+        with replaced_methods(replacements):
             for ours, theirs in zip(swin(X), expected, strict=True):
                 torch.testing.assert_close(ours, theirs)
     assert 'forward' not in swin.__dict__

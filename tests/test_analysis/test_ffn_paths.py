@@ -49,6 +49,7 @@ def test_stage_of_swin_s(script):
 def test_executions_agree(script):
     x = torch.randn(2, 25, 16)
     decision, blocks = script.random_decision(x, 5, 0.5), script.ffns(16, 2, fast_path=True)
-    masked, gathered = (script.run(x, blocks, decision, gather) for gather in (False, True))
+    plans = [script.plan(decision, form, learns=False) for form in ('masked', 'gather')]
+    masked, gathered = (script.run(x, blocks, how) for how in plans)
     torch.testing.assert_close(masked, gathered, atol=1e-5, rtol=0)
-    assert not torch.allclose(gathered, script.run(x, blocks, None, True), atol=1e-3)
+    assert not torch.allclose(gathered, script.run(x, blocks, script.DENSE), atol=1e-3)

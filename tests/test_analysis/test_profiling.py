@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdynsparse.analysis.calls import around_calls, recorded_keep_rates
+from mmdynsparse.analysis.keep_rates import recorded_keep_rates
 from mmdynsparse.analysis.profiling import (
     PARTS,
     WHOLE,
@@ -16,6 +16,7 @@ from mmdynsparse.analysis.profiling import (
     peak_memory,
 )
 from mmdynsparse.models import SparseConvNeXt, SparseVisionTransformer
+from mmdynsparse.models.decider import CellSparsity, Decider
 from mmdynsparse.ops import region
 from mmdynsparse.ops.regions import PREFIX
 
@@ -139,39 +140,19 @@ def test_kernels_belong_to_the_innermost_range_that_launched_them():
     assert totals == {'slow path': 17, 'gather': 8, 'rest': 2}
 
 
-def test_calls_are_surrounded_whichever_way_they_are_made():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[1].forward = marked = lambda x: x + 1
-    calls = []
-
-    class Note:
-        def __enter__(self):
-            calls.append('in')
-
-        def __exit__(self, *_):
-            calls.append('out')
-
-    with pytest.raises(ZeroDivisionError), around_calls(model, {'0': Note, '1': Note}):
-        model[0].forward(torch.zeros(1, 2))
-        assert torch.equal(model[1](torch.zeros(1)), torch.ones(1))
-        assert calls == ['in', 'out'] * 2
-        raise ZeroDivisionError
-    assert 'forward' not in model[0].__dict__
-    assert model[1].forward is marked
-
-
 def test_keep_rates_are_the_mean_over_all_calls():
-    class Chooser(nn.Module):
-        decisions = ()
+    def decider():
+        return Decider(CellSparsity(0.5, predictor='backbone'), 0).eval()
 
-        def forward(self, rates):
-            self.decisions = [SimpleNamespace(mask=torch.tensor([r])) for r in rates]
-
-    model = nn.ModuleDict(dict(backbone=Chooser(), idle=Chooser()))
+    model = nn.ModuleDict(dict(neck=decider(), idle=decider(), head=decider()))
+    scores = torch.rand(1, 8, 2)
     with recorded_keep_rates(model) as rates:
-        model['backbone']((0.5, 1.0))
-        model['backbone']((0.0, 0.5))
-    assert rates == [0.25, 0.75]
+        for ratios in ((0.5, 1.0), (0.25, 0.5)):
+            for name, ratio in zip(('neck', 'head'), ratios, strict=True):
+                model[name].set_keep_ratio(ratio)
+                model[name]([model[name].decide(scores, (2, 4))])
+    assert rates == [0.375, 0.75]
+    assert not any(part._forward_hooks for part in model.values())
 
 
 def test_peak_memory():

@@ -3,7 +3,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch import nn
 
-from mmdynsparse.utils.input_checks import is_new
+from mmdynsparse.utils.checkpoints import is_new
 
 SWIN = dict(
     type='mmdynsparse.SparseSwinTransformer',

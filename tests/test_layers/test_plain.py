@@ -16,12 +16,11 @@ from mmdynsparse.layers import (
     LocalGlobalPredictor,
     TokenMSA,
     conv_norm,
-    fused_paths,
     is_plain,
     mlp_weights,
 )
 from mmdynsparse.layers.conv_module import conv_module, norm_act
-from mmdynsparse.ops import keep_all
+from mmdynsparse.ops.kernels import fused_paths
 
 
 class AdaptedLinear(nn.Linear):
@@ -228,8 +227,8 @@ def test_light_path_calls_its_norm():
 
 
 def fused(ffn, norm, fast_path):
-    x = torch.randn(1, 4, 8)
-    return fused_paths(x, x, ffn.weights(norm), fast_path, keep_all(x, (2, 2)))
+    x, rows = torch.randn(4, 8), torch.arange(4)
+    return fused_paths(x, x, rows[:2], rows[2:], ffn.weights(norm), fast_path)
 
 
 @pytest.mark.parametrize('change', CHANGES)

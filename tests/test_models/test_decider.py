@@ -7,8 +7,9 @@ import torch
 
 from mmdynsparse.engine.hooks.sparsity_hook import KeepRateMeter
 from mmdynsparse.models import decider as decider_module
-from mmdynsparse.models.decider import CellSparsity, Decider
+from mmdynsparse.models.decider import Decider, deciders, keep_everything, keep_ratios
 from mmdynsparse.models.features import Features
+from mmdynsparse.models.sparsity import CellSparsity
 from mmdynsparse.ops import Decision, cell_grid, keep_all
 
 PREDICTOR = dict(type='mmdynsparse.CellPredictor', reduction=2)
@@ -25,19 +26,26 @@ def cells(batch=2):
     return torch.randn(batch, 12, 8)
 
 
+HW = (24, 32)  # 3 x 4 cells
+
+
 def test_training_samples_and_inference_selects():
     """In training the mask carries a gradient; at inference the best half is kept."""
     decider = build()
-    decision = decider(cells(), (3, 4))
-    assert decision.mask.requires_grad
-    assert not decider.gathers
+    decision = decider.predict(cells(), HW, 8)
+    assert decision.mask.requires_grad and decision.grid == (3, 4)
+    assert decider.plan(decision).form == 'masked'
     decider.eval()
-    decision = decider(cells(), (3, 4))
+    decision = decider.predict(cells(), HW, 8)
     assert decision.mask.sum(1).tolist() == [6, 6]
-    assert decider.gathers
-    assert decision.kept.numel() == 12
+    assert decider.plan(decision).kept.numel() == 12
     decider.execution = 'masked'
-    assert decider(cells(), (3, 4)).kept is None
+    assert decider.plan(decider.predict(cells(), HW, 8)).form == 'masked'
+
+
+def test_execution_is_checked():
+    with pytest.raises(ValueError, match=r"one of \('gather', 'masked'\), got 'triton'"):
+        build().execution = 'triton'
 
 
 def test_scores_instead_of_a_predictor():
@@ -46,45 +54,30 @@ def test_scores_instead_of_a_predictor():
     scores = torch.zeros(1, 12, 2)
     scores[0, :6, 0] = 1
     for mode in (True, False):
-        decision = decider.train(mode)(scores - 2, (3, 4))
+        decision = decider.train(mode).decide(scores - 2, HW, 8)
         assert decision.mask[0].tolist() == [1] * 6 + [0] * 6
-
-
-@pytest.mark.parametrize('predictor', [PREDICTOR, None, 'backbone'])
-def test_training_may_keep_more(predictor):
-    """Learned, given and followed scores; inference is at the keep ratio."""
-    decider = build(predictor)
-    decider.extra_kept = 1.0
-    x = cells() if predictor is PREDICTOR else torch.randn(2, 12, 2).log_softmax(-1)
-    x.requires_grad_(predictor == 'backbone')
-    decision = decider(x, (3, 4))
-    assert decision.mask.min() == decision.ratio == 1
-    decision = decider.eval()(x, (3, 4))
-    assert decision.ratio == 0.5 and decision.mask.sum(1).tolist() == [6, 6]
 
 
 def test_keep_ratio_one_needs_no_look():
     decider = build().eval()
-    assert not decider.keeps_all
+    maps = [torch.zeros(2, 3, *HW)]
+    assert not decider.keeps_all() and decider.decide_early(maps, HW) is None
     decider.set_keep_ratio(1.0)
-    assert decider.keeps_all
-    assert decider.keep_all(torch.zeros(2, 3, 4, 4), (3, 4)).mask.mean() == 1
-    assert decider.decisions[0].keeps_all
-    decider.train()
-    assert not decider.keeps_all  # the predictor still learns
+    assert decider.keeps_all()
+    assert decider.decide_early(maps, HW).mask.mean() == 1
+    assert decider.decide_early(maps, HW).keeps_all
+    assert decider.train().decide_early(maps, HW) is None  # the predictor still learns
     with pytest.raises(ValueError, match=r'keep_ratio must be a number in \(0, 1\], got 2'):
         decider.set_keep_ratio(2)
 
 
-@pytest.mark.parametrize('predictor', [PREDICTOR, None], ids=['predictor', 'scores'])
-def test_meter_sees_every_call(predictor):
-    """Rates are means over calls, with and without parameters."""
-    decider = build(predictor).eval()
+def test_meter_sees_every_forward():
+    """Rates are means over forwards."""
+    decider = build().eval()
     meter = KeepRateMeter([decider])
-    x = cells() if predictor else -cells()[..., :2].abs()
-    decider(x, (3, 4))
+    decider([decider.predict(cells(), HW, 8)])
     decider.set_keep_ratio(0.25)
-    decider(x, (3, 4))
+    decider([decider.predict(cells(), HW, 8)])
     assert meter.pop() == [0.375]
 
 
@@ -96,16 +89,25 @@ def test_warns_once_without_a_ratio_loss(monkeypatch):
         decider = build()
         decider.has_ratio_loss = has_ratio_loss
         for _ in range(2):
-            decider(cells(), (3, 4))
+            decider.predict(cells(), HW, 8)
         assert len(warnings) == count
     assert 'SparsityHook' in warnings[0]
+
+
+def test_finds_the_sparse_parts_of_a_model():
+    model = torch.nn.ModuleDict(dict(neck=torch.nn.Module(), head=torch.nn.Module()))
+    model.neck.decider, model.head.decider = build(), Decider(None)
+    assert deciders(model) == dict(neck=model.neck.decider)
+    assert keep_ratios(model) == [0.5]
+    keep_everything(model)
+    assert keep_ratios(model) == [1.0]
 
 
 def test_copies_forget_the_decision():
     decider = build()
     decider.has_ratio_loss = True
-    decider(cells(), (3, 4))
-    assert deepcopy(decider).decisions == []
+    decider([decider.predict(cells(), HW, 8)])
+    assert deepcopy(decider).decisions == ()
     assert len(decider.decisions) == 1
 
 
@@ -125,16 +127,14 @@ def followed(decisions, hw, cell_size=8, keep_ratio=0.5):
     cfg = dict(keep_ratio=keep_ratio, predictor='backbone', cell_size=cell_size)
     decider = Decider(CellSparsity.from_cfg(cfg), 8).eval()
     maps = Features([torch.zeros(1, 3, *hw)], decisions)
-    decision = decider.known(maps, hw, cell_size)
-    assert decider.decisions == [decision]
-    return decision
+    return decider.decide_early(maps, hw)
 
 
 def test_follows_the_means_of_its_cells():
     """At stride 16 a cell of 8 positions at stride 4 has 2 x 2 locations, fewer at the edge."""
     logits = torch.randn(5, 7)
     decision = followed([scored(logits)], (18, 27))
-    assert decision.hw == (3, 4) and decision.ratio == 0.5
+    assert decision.grid == (3, 4) and decision.ratio == 0.5
     means = torch.tensor(
         [[logits[y : y + 2, x : x + 2].mean() for x in (0, 2, 4, 6)] for y in (0, 2, 4)]
     )
@@ -147,7 +147,7 @@ def test_follows_coarser_decisions_between_their_locations():
     """Cells of 8 within locations of 16 positions, which reach beyond a map of 40 x 24."""
     logits = torch.tensor([[6.0, -6.0], [0.0, 0.0], [-6.0, 6.0]])
     decision = followed([scored(logits)], (40, 24))
-    assert decision.hw == (5, 3)
+    assert decision.grid == (5, 3)
     scores = decision.scores.view(5, 3)
     assert scores[0, 0] > scores[0, 1] > scores[0, 2]
     assert scores[0, 0] > scores[1, 0] > scores[4, 0]
@@ -161,10 +161,12 @@ def test_follows_cells_of_any_size(hw):
     grid = cell_grid(hw, 28)
     centres = 28 * torch.arange(grid[1]) + 14.0
     logits = (centres / 10 - 6).expand(grid)
-    decision = followed([scored(logits)._replace(cell_size=7)], hw)
-    assert decision.hw == cell_grid(hw, 8)
-    probs = decision.scores.exp().view(decision.hw)
-    positions = 8 * torch.arange(decision.hw[1]) + 4.0
+    stride_16 = tuple(-(-side // 4) for side in hw)
+    source = scored(logits)._replace(cell_size=7, hw=stride_16)
+    decision = followed([source], hw)
+    assert decision.grid == cell_grid(hw, 8)
+    probs = decision.scores.exp().view(decision.grid)
+    positions = 8 * torch.arange(decision.grid[1]) + 4.0
     inner = (positions > 18) & (positions < centres[-1] - 4)
     expected = positions[inner] / 10 - 6
     assert inner.sum() > 9
@@ -175,7 +177,7 @@ def test_follows_locations_that_fit_no_stride():
     logits = torch.zeros(5, 5)
     logits[:, :2] = 5
     decision = followed([scored(logits)], (128, 128), keep_ratio=0.25)
-    assert decision.hw == (16, 16)
+    assert decision.grid == (16, 16)
     assert decision.mask.view(16, 16)[:, :4].all()
 
 
@@ -198,8 +200,7 @@ def test_follows_the_last_decision_that_is_fine_enough():
 
 def test_follows_everything_kept():
     """Unless there are scores: those of a predictor that learns to keep."""
-    tokens = torch.zeros(1, 16, 3)
-    assert followed([keep_all(tokens, (4, 4))], (16, 16)).keeps_all
+    assert followed([keep_all(1, (4, 4), torch.device('cpu'))], (16, 16)).keeps_all
     learning = scored((4, 4), ratio=1.0)
     learning.scores.requires_grad_()
     assert followed([learning], (16, 16)).mask.mean() == 0.5
@@ -213,14 +214,15 @@ def test_trains_at_its_own_ratio():
     source.scores.requires_grad_()
     masks = []
     for _ in range(8):
-        decision = decider.known(Features([torch.zeros(1, 1, 32, 32)], [source]), (32, 32), 8)
+        maps = Features([torch.zeros(1, 1, 32, 32)], [source])
+        decision = decider.decide_early(maps, (32, 32))
         masks.append(decision.mask)
-        assert decision.mask.sum() == 8 and decision.kept is None
+        assert decision.mask.sum() == 8 and decision.mask.requires_grad
     assert not all(torch.equal(masks[0], mask) for mask in masks)
     (masks[0] * torch.randn(16)).sum().backward()
     assert (source.scores.grad != 0).all()
     frozen = Features([torch.zeros(1, 1, 32, 32)], [scored((4, 4))])
-    masks = [decider.known(frozen, (32, 32), 8).mask for _ in range(2)]
+    masks = [decider.decide_early(frozen, (32, 32)).mask for _ in range(2)]
     assert torch.equal(*masks)
 
 

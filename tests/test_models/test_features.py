@@ -7,6 +7,7 @@ from runpy import run_path
 import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from torch.distributed.utils import _apply_to_tensors
 
 from mmdynsparse.models.features import Features
 
@@ -88,7 +89,7 @@ def test_backbones_hand_on_their_decisions(name):
     with torch.no_grad():
         outs = model(torch.randn(2, 3, 64, 96))
     assert isinstance(outs, Features) and len(outs) == 4
-    assert len(outs.decisions) == 3 and outs.cell_size is None
+    assert len(outs.decisions) == 3
     assert all(one is other for one, other in zip(outs.decisions, model.decisions, strict=True))
     assert type(outs[1:]) is tuple
     twin = deepcopy(outs)
@@ -96,6 +97,18 @@ def test_backbones_hand_on_their_decisions(name):
     assert torch.equal(twin.decisions[2].mask, outs.decisions[2].mask)
     cfg.pop('sparsity')
     assert MODELS.build(cfg).eval()(torch.randn(2, 3, 64, 96)).decisions == ()
+
+
+@pytest.mark.parametrize('rebuild', [lambda x: x, lambda x: x.requires_grad_()])
+def test_a_wrapper_may_rebuild_the_tuple(rebuild):
+    """As sharded training does between the submodules that it wraps."""
+    model = build(config('seg'), 'seg')
+    with torch.no_grad():
+        maps = model.backbone(torch.randn(2, 3, *SIZE))
+        rebuilt = type(maps)(rebuild(x) for x in maps)
+        assert rebuilt.decisions is maps.decisions and len(rebuilt) == 4
+        assert _apply_to_tensors(rebuild, maps).decisions is maps.decisions
+        assert torch.equal(model.decode_head(rebuilt), model.decode_head(maps))
 
 
 MODEL_KINDS = [('seg', None), ('det', 'MaskRCNN'), ('det', 'FasterRCNN'), ('det', 'RetinaNet')]

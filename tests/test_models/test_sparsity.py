@@ -1,7 +1,7 @@
 import pytest
 from mmengine.config import ConfigDict
 
-from mmdynsparse.models.sparsity import Sparsity, default_locations
+from mmdynsparse.models.sparsity import CellSparsity, Sparsity, default_locations
 
 DEPTHS = (2, 2, 6, 2)
 STAGES = {0: (0,), 1: (0,), 2: (1, 3), 3: (0,)}
@@ -80,8 +80,39 @@ def test_config_dicts_and_string_stages():
             'decision 1, which follows the one before it, must be 0.7, got 0.5',
         ),
         (dict(keep_ratio=0.7, attention='yes'), "must be True or False, got 'yes'"),
+        (0.7, r"sparsity must be None or a dict with the keys \('keep_ratio', .*, got 0.7"),
+        ([0.7], r'sparsity must be None or a dict .*, got \[0.7\]'),
+        (dict(keep_ratio=0.7, locations=[1, 2]), r'locations must be a dict .* got \[1, 2\]'),
+        (dict(keep_ratio=0.7, locations={2: 1}), r'locations\[2\] takes a list .* 0 to 5, got 1'),
+        (dict(keep_ratio=0.7, locations={'two': (1,)}), "stages 0 to 3, got stage 'two'"),
+        (dict(keep_ratio=0.7, locations={2: '1'}), r"locations\[2\] takes a list .* got '1'"),
+        (dict(keep_ratio=0.7, predictor=None), r'predictor must be a config .*, got None'),
+        (dict(keep_ratio=0.7, predictor=dict(eps=1)), r"predictor must be .*, got \{'eps': 1\}"),
+        (
+            dict(keep_ratio=0.7, fast_path='LinearFastPath'),
+            "fast_path must be None or a config .*, got 'LinearFastPath'",
+        ),
+        (dict(keep_ratio=0.7, selector=['topk']), r"selector must be one of .*, got \['topk'\]"),
+        (dict(keep_ratio=None), r'keep_ratio must be a number in \(0, 1\], got None'),
+        (dict(keep_ratio=0.7, cell_size={0: 1}), r'cell_size must be .*, got \{0: 1\}'),
     ],
 )
 def test_bad_values_name_argument_range_and_value(cfg, message):
     with pytest.raises(ValueError, match=message):
         Sparsity.from_cfg(cfg, DEPTHS)
+
+
+@pytest.mark.parametrize(
+    'cfg, message',
+    [
+        (0.5, r"sparsity must be None or a dict with the keys \('keep_ratio', .*, got 0.5"),
+        ([0.5], r'sparsity must be None or a dict .*, got \[0.5\]'),
+        (dict(keep_ratio=[0.5]), r'keep_ratio must be a number in \(0, 1\], got \[0.5\]'),
+        (dict(keep_ratio=0.5, predictor=3), "predictor must be a config or 'backbone', got 3"),
+        (dict(keep_ratio=0.5, predictor={}), r"a config or 'backbone', got \{\}"),
+        (dict(keep_ratio=0.5, cell_size='8'), "cell_size must be an even number .*, got '8'"),
+    ],
+)
+def test_bad_values_of_necks_and_heads(cfg, message):
+    with pytest.raises(ValueError, match=message):
+        CellSparsity.from_cfg(cfg)

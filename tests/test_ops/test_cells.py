@@ -6,6 +6,7 @@ from mmdynsparse.ops import (
     cell_grid,
     cell_mask,
     cell_means,
+    cell_positions,
     cell_rows,
     cell_table,
     put_tiles,
@@ -91,3 +92,12 @@ def test_sparse_table():
     table = sparse_table(torch.ones(2, 3), torch.tensor([4, 1]), 6)
     assert table.shape == (8, 3)
     assert table[[1, 4, 6]].tolist() == [[1] * 3, [1] * 3, [0] * 3]
+
+
+def test_rows_are_static_where_values_cannot_be_read():
+    cells = torch.tensor([0, 3], device='meta')
+    rows = cell_rows(cells, 1, (5, 6), 4, 1)
+    assert [len(r) for r in rows] == [2 * 16, 2 * 36, 2 * 36, 2 * 36]
+    positions = cell_positions(cells, 1, (5, 6), 4)
+    assert positions.shape == (2 * 16,)
+    assert all(r.is_meta for r in (*rows, positions))

@@ -6,10 +6,10 @@ from mmdynsparse.ops import (
     SELECTORS,
     Decision,
     keep_all,
+    kept_and_dropped,
     resize_scores,
     sample_decision,
     select_decision,
-    with_positions,
 )
 
 
@@ -30,7 +30,7 @@ def test_topk_keeps_the_best_scored(ratio, kept):
 def test_topk_keeps_a_fixed_number_of_equal_scores():
     decision = select_decision(torch.zeros(3, 10, 2), (2, 5), 0.5)
     assert decision.mask.sum(1).tolist() == [5, 5, 5]
-    assert sorted(torch.cat((decision.kept, decision.dropped)).tolist()) == list(range(30))
+    assert sorted(torch.cat(kept_and_dropped(decision)).tolist()) == list(range(30))
 
 
 def test_threshold_follows_the_probability():
@@ -76,21 +76,17 @@ def test_random_sampling_teaches_nothing_but_reaches_every_parameter():
 def test_positions_are_the_sorted_mask(selector):
     decision = select_decision(log_probs(3, 40), (5, 8), 0.6, selector)
     mask = decision.mask.flatten().bool()
-    assert torch.equal(decision.kept, mask.nonzero().squeeze(1))
-    assert torch.equal(decision.dropped, (~mask).nonzero().squeeze(1))
-
-
-def test_masked_execution_needs_no_positions():
-    decision = select_decision(log_probs(), (5, 10), 0.5, gather=False)
-    assert decision.kept is None and decision.dropped is None
+    kept, dropped = kept_and_dropped(decision)
+    assert torch.equal(kept, mask.nonzero().squeeze(1))
+    assert torch.equal(dropped, (~mask).nonzero().squeeze(1))
 
 
 @pytest.mark.parametrize('mask', [[[0.0, 0.0]], [[1.0, 1.0]], [[1.0, 0.0]]])
 def test_positions_of_nothing_and_everything(mask):
     decision = Decision(torch.tensor(mask), torch.zeros(1, 2), (1, 2), 0.5)
-    counted, static = with_positions(decision), with_positions(decision, int(sum(mask[0])))
-    assert torch.equal(counted.kept, static.kept)
-    assert torch.equal(counted.dropped, static.dropped)
+    static = kept_and_dropped(decision._replace(count=int(sum(mask[0]))))
+    for counted, expected in zip(kept_and_dropped(decision), static, strict=True):
+        assert torch.equal(counted, expected)
 
 
 @pytest.mark.parametrize('selector', SELECTORS)
@@ -130,20 +126,10 @@ def test_sampling_is_float32_for_half_scores():
 
 
 def test_keep_all():
-    decision = keep_all(torch.zeros(2, 6, 4), (2, 3))
+    decision = keep_all(2, (2, 3), torch.device('cpu'))
     assert decision.keeps_all and decision.mask.shape == (2, 6) and decision.mask.min() == 1
-
-
-def test_temperature_changes_the_gradient_alone():
-    logits = torch.randn(4, 30, 2, requires_grad=True)
-    masks, grads = [], []
-    for temperature in (1.0, 0.5, 4.0):
-        torch.manual_seed(1)
-        mask = sample_decision(logits.log_softmax(-1), (5, 6), 0.5, temperature).mask
-        masks.append(mask.detach())
-        grads.append(torch.autograd.grad(mask.sum(), logits)[0])
-    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
-    assert not torch.allclose(grads[0], grads[1]) and not torch.allclose(grads[0], grads[2])
+    decision = keep_all(2, (9, 15), torch.device('cpu'), cell_size=4)
+    assert decision.grid == (3, 4) and decision.mask.shape == (2, 12) and decision.count == 12
 
 
 def test_resized_scores_of_the_same_size_are_the_scores():
@@ -184,25 +170,42 @@ def test_exact_sampling_keeps_the_budget_whatever_the_probabilities():
     assert (logits.grad > 0).all()
 
 
-@pytest.mark.parametrize('options', [{}, dict(exact=True), dict(selector='random')])
-def test_extra_locations_are_kept_and_teach_nothing(options):
-    logits = torch.randn(2, 6000, 2, requires_grad=True)
-    scores = logits.log_softmax(-1)
-    kept = sample_decision(scores, (60, 100), 0.4, **options).mask.mean().item()
-    decision = sample_decision(scores, (60, 100), 0.4, extra=0.75, **options)
-    assert decision.ratio == pytest.approx(0.85)
-    assert decision.mask.mean().item() == pytest.approx(1 - 0.25 * (1 - kept), abs=0.02)
-    (grad,) = torch.autograd.grad(decision.mask.sum(), logits)
-    share = grad.ne(0).any(-1).float().mean().item()
-    assert share == pytest.approx(0 if options.get('selector') else 0.25, abs=0.02)
+def brute_force_mass(probs, share):
+    """The fewest places that hold the share of the sum, tried from the most probable on."""
+    order = probs.argsort(descending=True)
+    for count in range(len(probs) + 1):
+        if probs[order[:count]].sum() >= share * probs.sum() - 1e-6:
+            return set(order[:count].tolist())
 
 
-def test_all_locations_are_extra():
-    logits = torch.randn(2, 30, 2, requires_grad=True)
-    decision = sample_decision(logits.log_softmax(-1), (5, 6), 0.4, extra=1.0)
-    assert decision.ratio == 1 and torch.equal(decision.mask, torch.ones(2, 30))
-    (grad,) = torch.autograd.grad(decision.mask.sum(), logits)
-    assert not grad.any()
+@pytest.mark.parametrize('ratios', [(1.0, 0.7), (0.7, 0.49), (0.5, 0.5)])
+def test_mass_among_is_a_share_of_all(ratios):
+    """Of what the decision before kept, ``ratio / among_ratio`` of the mass: equal probabilities
+    keep as many as a fixed budget."""
+    before, ratio = ratios
+    scores = log_probs(3, 60)
+    among = select_decision(log_probs(3, 60), (6, 10), before).mask
+    options = dict(selector='mass', among_BN=among, among_ratio=before)
+    mask = select_decision(scores, (6, 10), ratio, **options).mask
+    for image in range(3):
+        probs = scores[image, :, 0].exp() * among[image]
+        expected = brute_force_mass(probs, ratio / before)
+        assert set(mask[image].nonzero()[:, 0].tolist()) == expected
+    equal = torch.full((3, 60, 2), 0.5).log()
+    kept = select_decision(equal, (6, 10), ratio, **options).mask.sum(1)
+    fixed = select_decision(equal, (6, 10), ratio, among_BN=among).mask.sum(1)
+    assert (kept - fixed).abs().max() <= 1
+
+
+@pytest.mark.parametrize('selector', SELECTORS)
+def test_only_some_may_be_kept(selector):
+    among = select_decision(log_probs(2, 50), (5, 10), 0.6).mask
+    scores = log_probs(2, 50).requires_grad_()
+    for decision in (
+        select_decision(scores, (5, 10), 0.3, selector, among_BN=among),
+        sample_decision(scores, (5, 10), 0.3, selector, among_BN=among),
+    ):
+        assert decision.mask.max() == 1 and (decision.mask * (1 - among)).max() == 0
 
 
 def test_a_ratio_loss_has_no_say_in_exact_sampling():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdynsparse.ops import Decision, gathering_pays, two_paths, with_positions
+from mmdynsparse.ops import Decision, plan, two_paths
 
 B, N, C = 3, 20, 8
 
@@ -23,7 +23,9 @@ def paths():
 
 def run(x, slow, fast, decision, gather, residual=None):
     residual = x if residual is None else residual
-    return two_paths(x, residual, slow, fast, decision, gather, nn.Identity())
+    how = plan(decision, 'gather', learns=not gather)
+    assert how.form == ('gather' if gather else 'masked')
+    return two_paths(x, residual, slow, fast, how, nn.Identity())
 
 
 @pytest.mark.parametrize('counts', [(7, 7, 7), (0, 20, 5), (0, 0, 0), (20, 20, 20), (1, 19, 0)])
@@ -50,7 +52,8 @@ def test_each_location_takes_its_path():
 
 def test_stochastic_depth_drops_the_update_not_the_residual():
     x, decision = torch.ones(B, N, C), decision_of((3, 0, 20))
-    out = two_paths(x, x, lambda t: t, lambda t: t, decision, False, torch.zeros_like)
+    how = plan(decision, 'masked', learns=True)
+    out = two_paths(x, x, lambda t: t, lambda t: t, how, torch.zeros_like)
     assert torch.equal(out, x)
 
 
@@ -90,10 +93,32 @@ def test_mask_gradient_is_the_gain_of_the_slow_path(paths):
 
 
 def test_gathering_pays_unless_next_to_nothing_is_saved():
-    most = with_positions(decision_of((20, 19, 17)))
-    assert not gathering_pays(most, None)
-    assert gathering_pays(most, nn.Identity())
-    assert gathering_pays(with_positions(decision_of((20, 18, 16))), None)
+    most, fewer = decision_of((20, 19, 17)), decision_of((20, 18, 16))
+    assert plan(most, 'gather', learns=False, has_fast_path=False).form == 'masked'
+    assert plan(most, 'gather', learns=False).form == 'gather'
+    assert plan(fewer, 'gather', learns=False, has_fast_path=False).form == 'gather'
+    assert plan(fewer, 'gather', False, has_fast_path=False, break_even=0.8).form == 'masked'
+
+
+def test_a_plan_says_what_is_executed():
+    decision = decision_of((3, 0, 20))
+    everything = decision._replace(ratio=1.0)
+    assert plan(everything, 'masked', learns=False).form == 'dense'
+    assert plan(everything, 'gather', learns=True).form == 'masked'
+    for execution in ('gather', 'triton'):
+        how = plan(decision, execution, learns=False)
+        assert how.form == execution and how.gathers and how.mask is None
+        assert len(how.kept) == 23 and len(how.dropped) == 37
+    how = plan(decision, 'masked', learns=False)
+    assert not how.gathers and torch.equal(how.mask, decision.mask)
+
+
+def test_a_plan_for_cells_or_for_their_locations():
+    mask = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
+    decision = Decision(mask, torch.zeros(1, 6), (3, 5), 0.5, cell_size=2)
+    assert plan(decision, 'gather', False, of_cells=True).kept.tolist() == [0, 5]
+    assert plan(decision, 'gather', False).kept.tolist() == [0, 1, 5, 6, 14]
+    assert plan(decision, 'masked', False).mask.nonzero()[:, 1].tolist() == [0, 1, 5, 6, 14]
 
 
 @torch.no_grad()

@@ -1,3 +1,6 @@
+from threading import Barrier, Thread
+from time import sleep
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,8 @@ from mmdynsparse.ops import (
     relative_position_index,
     shift_mask,
     window_layout,
-    window_rows,
+    window_partition,
+    window_unpartition,
     windows,
 )
 
@@ -35,17 +39,37 @@ def test_layout_equals_pad_roll_partition(hw, size, shift):
     assert torch.equal(windows.reshape(-1, c)[layout.slots].view_as(x), x)
 
 
-@pytest.mark.parametrize('hw, size, shift', SHAPES)
-def test_rows_spell_the_layout_out(hw, size, shift):
-    b, heads, d = 2, 3, 4
-    n = b * hw[0] * hw[1]
-    layout = window_layout(b, hw, size, shift, CPU)
-    rows = window_rows(b, hw, size, shift, heads, CPU)
-    table = torch.randn(n + 1, 3, heads, d)
-    qkv = table.view(-1, d)[rows.kv_rows].view(3, *layout.tokens.shape[:2], heads, size * size, d)
-    assert torch.equal(qkv, table[layout.tokens].permute(3, 0, 1, 4, 2, 5))
-    back = qkv[0].reshape(-1, d)[rows.out_rows].view(n, heads, d)
-    assert torch.equal(back, table[:n, 0])
+def test_worked_example_of_the_docstring():
+    x = torch.arange(1.0, 10.0).view(1, 3, 3, 1)
+    windows_AT = window_partition(x, window_size=2, shift=1)[0, :, 0, :, 0]
+    assert windows_AT.tolist() == [[5, 6, 8, 9], [0, 4, 0, 7], [0, 0, 2, 3], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize('inference', [False, True])
+@pytest.mark.parametrize('hw, size, shift', [*SHAPES, ((10, 9), 7, 3), ((5, 2), 4, 3)])
+def test_partition_and_its_inverse(hw, size, shift, inference):
+    """With gradients step by step, without in one copy; both are what the paper describes."""
+    x, padding = torch.randn(2, *hw, 24), torch.randn(24)
+    expected = windows_by_copies(x - padding, size, shift) + padding
+    with torch.inference_mode(inference):
+        parts = window_partition(x, size, shift, padding, (3, 2))
+        maps = window_unpartition(parts[1], hw, size, shift)
+        plain = window_partition(x, size, shift)
+    expected = expected.flatten(0, 1).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(parts, expected)
+    assert torch.equal(maps, x[..., 8:16])
+    assert torch.equal(plain[0, :, 0], windows_by_copies(x, size, shift).flatten(0, 1))
+
+
+def test_partition_has_gradients():
+    x, padding = torch.randn(2, 5, 6, 4), torch.randn(4)
+    leaves = [t.double().requires_grad_() for t in (x, padding)]
+
+    def there_and_back(x, padding):
+        windows = window_partition(x, 4, 2, padding, (1, 2))
+        return windows, window_unpartition(windows[0], (5, 6), 4, 2)
+
+    assert torch.autograd.gradcheck(there_and_back, leaves)
 
 
 @pytest.mark.parametrize('hw, size, shift', SHAPES)
@@ -82,11 +106,19 @@ def test_rows_of_kept_tokens(hw, size, shift, share, break_even, monkeypatch):
     assert (rows.queries is not None) == (0 < len(kept) <= break_even * count)
 
 
+def test_tables_lie_on_the_device_and_are_static_where_values_cannot_be_read():
+    kept = torch.tensor([3, 1], device='meta')
+    rows = kept_window_rows(kept, 1, (5, 6), 4, 2, 2)
+    assert rows.windows is None and rows.tokens is None
+    assert all(t.is_meta for t in rows if t is not None)
+    assert rows.kv_rows.shape == (2 * 4 * 2 * 16,) and rows.out_rows.shape == (4,)
+
+
 def test_layout_made_under_inference_mode_serves_training():
     with torch.inference_mode():
-        rows = [r for r in window_rows(1, (5, 6), 4, 2, 2, CPU) if r is not None]
+        layout = window_layout(1, (5, 6), 4, 2, CPU)
         mask = shift_mask((2, 2), 4, 2, CPU)
-    assert not any(t.is_inference() for t in (*rows, mask))
+    assert not any(t.is_inference() for t in (*layout, mask))
 
 
 def test_layouts_are_kept_until_others_replace_them():
@@ -109,6 +141,48 @@ def test_captured_graphs_keep_what_they_read(monkeypatch):
     for cols in range(20):
         shift_mask((2, cols + 1), 4, 2, CPU)
     assert shift_mask((1, 3), 4, 2, CPU) is warm
+
+
+def test_captured_graph_never_reads_what_others_have_replaced(monkeypatch):
+    """Other shapes come between the call in a capture and the look at what is kept."""
+    warm, waiting = shift_mask((1, 5), 4, 2, CPU), [True]
+
+    def is_capturing(device):
+        if waiting and waiting.pop():
+            with monkeypatch.context() as patch:
+                patch.setattr(caching, '_is_capturing', lambda device: False)
+                for cols in range(20):
+                    shift_mask((2, cols + 1), 4, 2, CPU)
+            return True
+        return False
+
+    monkeypatch.setattr(caching, '_is_capturing', is_capturing)
+    read = shift_mask((1, 5), 4, 2, CPU)
+    assert read is not warm or shift_mask((1, 5), 4, 2, CPU) is warm
+
+
+def test_threads_share_what_is_kept():
+    """Four threads ask for more than is kept; what all ask for at once is made once."""
+    made, wrong, together = [], [], Barrier(4)
+
+    @caching.cached
+    def square(number, device):
+        made.append(number)
+        sleep(0.01 if number == 40 else 0)
+        return torch.full((1,), number * number, device=device)
+
+    def ask(first):
+        square(40, CPU)
+        together.wait()
+        for number in ((first + 7 * i) % 40 for i in range(1000)):
+            if square(number, CPU).item() != number * number:
+                wrong.append(number)
+
+    threads = [Thread(target=ask, args=(i,)) for i in range(4)]
+    for step in (Thread.start, Thread.join):
+        for thread in threads:
+            step(thread)
+    assert not wrong and made.count(40) == 1
 
 
 def test_traced_layouts_are_not_kept():

@@ -1,5 +1,6 @@
 """Wrong arguments and files end in one line that names what is allowed and what was received."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,35 @@ def test_checkpoint(
     assert argument in line and str(path) in line
     expected = dict(missing='existing checkpoint', tensor='got a Tensor')
     assert expected.get(fault, 'corrupt') in line
+
+
+class Command:
+    """Runs a command of the shell when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
+@pytest.mark.parametrize('download', [False, True])
+def test_checkpoint_that_runs_commands(
+    tool: str,
+    download: bool,
+    fails: Callable,
+    write_config: Callable,
+    address: tuple[Path, str],
+    tmp_path: Path,
+) -> None:
+    folder, url = address
+    torch.save(dict(state_dict={}, meta=Command(f'touch {tmp_path}/ran')), folder / 'bad.pth')
+    path = f'{url if download else folder}/bad.pth'
+    args = [path] if tool == 'test.py' else ['--cfg-options', f'load_from={path}']
+    line = fails(tool, write_config('seg'), *args, '--work-dir', tmp_path)
+    assert 'must hold weights' in line and path in line and 'system' in line
+    assert 'torch.save(' in line and not (tmp_path / 'ran').exists()
 
 
 def test_resume_from_weights_only(
@@ -230,10 +260,10 @@ def test_weights_of_another_model(
 
 DENSE = 'model["backbone"] = dict(model["backbone"], type="SwinTransformer")\n'
 DENSE += 'model["backbone"].pop("sparsity")\n'
-LATE = 'custom_hooks.append(dict(type="mmdynsparse.KeepRatioSchedule", begin=1, end=100))\n'
+LATE = 'custom_hooks.append(dict(type="mmdynsparse.FreezePretrained", iters=100))\n'
 REFUSED = {
     'dense model': (DENSE, 'SparsityHook needs a model with a sparse part'),
-    'schedule': (LATE, "end of KeepRatioSchedule must be at most the training's 4 iterations"),
+    'frozen': (LATE, "iters of FreezePretrained must be at most the training's 4 iterations"),
     'optimizer': (
         'optim_wrapper.update(constructor="mmdynsparse.FineTuneOptimWrapperConstructor", '
         'paramwise_cfg=dict(pretrained_lr_mult=2))\n',

@@ -166,8 +166,6 @@ def test_fine_tuning_in_two_processes(
     """All hooks of fine-tuning, in mixed precision, interrupted and resumed."""
     hooks = (
         "dict(type='mmdynsparse.DistillationHook')",
-        "dict(type='mmdynsparse.KeepRatioSchedule', begin=1, end=2)",
-        "dict(type='mmdynsparse.TemperatureSchedule', start=2, stop=1, end=2)",
         "dict(type='mmdynsparse.FreezePretrained', iters=1)",
         "dict(type='EMAHook')",
     )

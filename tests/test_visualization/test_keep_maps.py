@@ -1,17 +1,10 @@
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
 
+from mmdynsparse.ops import Decision, keep_all
 from mmdynsparse.visualization import draw_keep_maps
 from mmdynsparse.visualization.keep_maps import GAP, LABEL_HEIGHT
-
-
-class FakeDecision(NamedTuple):
-    mask: torch.Tensor
-    hw: tuple
-
 
 H, W = 48, 96
 
@@ -25,7 +18,10 @@ def image():
 def decisions():
     """Two images; in the second one the first decision keeps only the cell (0, 1) of 2 x 3."""
     mask = torch.tensor([[1.0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0]], requires_grad=True)
-    return [FakeDecision(mask, (2, 3)), FakeDecision(torch.ones(2, 1), (1, 1))]
+    return [
+        Decision(mask, torch.zeros_like(mask), (2, 3), 0.5),
+        keep_all(2, (1, 1), torch.device('cpu')),
+    ]
 
 
 def panel(picture, i):

@@ -7,21 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mmdynsparse.analysis.benchmark import Plan, run_benchmark
-from mmdynsparse.analysis.command_line import (
-    DTYPES,
-    AnalysisParser,
-    at_least,
-    check_image,
-    check_sizes,
-    image_size,
-    keep_partial,
-    keep_ratio,
-    load_models,
-)
 from mmdynsparse.analysis.dense import Pair
 from mmdynsparse.analysis.environment import environment
 from mmdynsparse.analysis.execution import MODES
 from mmdynsparse.analysis.model_parts import MODEL_PARTS, available_parts
+from mmdynsparse.analysis.models import check_sizes, load_models
 from mmdynsparse.analysis.report import (
     breakdown_tables,
     latency_table,
@@ -29,7 +19,15 @@ from mmdynsparse.analysis.report import (
     print_setting,
     write_json,
 )
-from mmdynsparse.utils.launch import one_line_errors
+from mmdynsparse.utils.command_line.arguments import (
+    DTYPES,
+    AnalysisParser,
+    at_least,
+    check_image,
+    image_size,
+    keep_ratio,
+)
+from mmdynsparse.utils.command_line.errors import keep_partial, one_line_errors
 
 
 def build_parser() -> AnalysisParser:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdynsparse.analysis.command_line import DTYPES, AnalysisParser, at_least, load_models
 from mmdynsparse.analysis.environment import environment
+from mmdynsparse.analysis.models import load_models
 from mmdynsparse.analysis.report import print_setting, print_table, write_json
 from mmdynsparse.analysis.training import compare_training, training_batch
-from mmdynsparse.utils.input_checks import check_data
-from mmdynsparse.utils.launch import one_line_errors
+from mmdynsparse.utils.command_line.arguments import DTYPES, AnalysisParser, at_least
+from mmdynsparse.utils.command_line.data_checks import check_data
+from mmdynsparse.utils.command_line.errors import one_line_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:

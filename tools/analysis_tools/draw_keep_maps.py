@@ -1,7 +1,7 @@
 """Draws what the parts of a sparse model keep of images."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,13 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from torch import nn
 
-from mmdynsparse.analysis.command_line import AnalysisParser, at_least, check_device
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images
-from mmdynsparse.utils.input_checks import (
-    check_data,
-    check_weights,
-    is_new,
-    read_checkpoint,
-)
-from mmdynsparse.utils.launch import load_config, one_line_errors
+from mmdynsparse.models.decider import deciders
+from mmdynsparse.utils.checkpoints import check_weights, is_new, read_checkpoint
+from mmdynsparse.utils.command_line.arguments import AnalysisParser, at_least, check_device
+from mmdynsparse.utils.command_line.data_checks import check_data
+from mmdynsparse.utils.command_line.errors import one_line_errors
+from mmdynsparse.utils.command_line.launch import load_config
 from mmdynsparse.visualization import draw_keep_maps
 
 
@@ -48,7 +46,7 @@ def load_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
     device = check_device(args.device)
     torch.manual_seed(args.seed)
     model = MODELS.build(cfg.model)
-    if not list(deciding_parts(model)):
+    if not deciders(model):
         raise ValueError(f'config must have a sparse part, got none in {args.config}')
     if args.checkpoint:
         checkpoint = read_checkpoint('checkpoint', args.checkpoint)
@@ -61,13 +59,6 @@ def load_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
     return model.to(device).eval()
 
 
-def deciding_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the modules that make decisions, with their names."""
-    for name, module in model.named_modules():
-        if getattr(module, 'keep_ratios', None):
-            yield name, module
-
-
 def draw(model: nn.Module, batch: dict, scale: float) -> np.ndarray:
     """Runs the model on one image and returns its row of panels, (H, W, 3) uint8 RGB."""
     model.test_step(batch)
@@ -77,9 +68,9 @@ def draw(model: nn.Module, batch: dict, scale: float) -> np.ndarray:
     image = Image.fromarray(np.pad(image, padding))
     image = np.asarray(image.resize((round(width * scale), round(height * scale))))
     decisions, labels = [], []
-    for name, part in deciding_parts(model):
-        decisions += part.decisions
-        labels += [f'{name} {i}' for i in range(len(part.decisions))]
+    for name, decider in deciders(model).items():
+        decisions += decider.decisions
+        labels += [f'{name} {i}' for i in range(len(decider.decisions))]
     return draw_keep_maps(image, decisions, 0, labels)
 
 

@@ -12,22 +12,17 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mmdynsparse.analysis.calls import recorded_keep_rates
-from mmdynsparse.analysis.command_line import (
-    AnalysisParser,
-    at_least,
-    check_sizes,
-    image_size,
-    keep_partial,
-    load_models,
-)
 from mmdynsparse.analysis.dense import Pair
 from mmdynsparse.analysis.environment import environment
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images, image_batch
+from mmdynsparse.analysis.keep_rates import recorded_keep_rates
+from mmdynsparse.analysis.models import check_sizes, load_models
 from mmdynsparse.analysis.module_costs import CostMeter
 from mmdynsparse.analysis.report import print_setting, print_table, write_json
-from mmdynsparse.utils.input_checks import check_data
-from mmdynsparse.utils.launch import one_line_errors
+from mmdynsparse.models.decider import keep_ratios
+from mmdynsparse.utils.command_line.arguments import AnalysisParser, at_least, image_size
+from mmdynsparse.utils.command_line.data_checks import check_data
+from mmdynsparse.utils.command_line.errors import keep_partial, one_line_errors
 
 
 def build_parser() -> AnalysisParser:
@@ -83,7 +78,7 @@ def count(pair: Pair, batches: Iterator[dict], result: dict, depth: int) -> None
                         meter.run(partial(meter.model.test_step, data))
                 rates.append(kept)
     finally:
-        targets = [r for m in pair.sparse.modules() for r in getattr(m, 'keep_ratios', ())]
+        targets = keep_ratios(pair.sparse)
         result['images'] = len(rates)
         if rates:
             result['keep_rates'] = [

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
-from mmdynsparse.utils import convert_checkpoint
-from mmdynsparse.utils.input_checks import read_checkpoint
-from mmdynsparse.utils.launch import ToolParser, one_line_errors
-from mmdynsparse.utils.layouts import SOURCES
+from mmdynsparse.utils.checkpoints import SOURCES, convert_checkpoint, read_checkpoint
+from mmdynsparse.utils.command_line.arguments import ToolParser
+from mmdynsparse.utils.command_line.errors import one_line_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:

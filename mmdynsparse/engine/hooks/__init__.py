@@ -1,13 +1,7 @@
 """Hooks for mmengine's runner."""
 
 from .distillation_hook import DistillationHook
-from .schedule_hooks import FreezePretrained, KeepRatioSchedule, TemperatureSchedule
+from .freeze_hook import FreezePretrained
 from .sparsity_hook import SparsityHook
 
-__all__ = [
-    'DistillationHook',
-    'FreezePretrained',
-    'KeepRatioSchedule',
-    'SparsityHook',
-    'TemperatureSchedule',
-]
+__all__ = ['DistillationHook', 'FreezePretrained', 'SparsityHook']

@@ -3,22 +3,19 @@
 import logging
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_dist_info
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ...models.backbones import SparseBackbone
-from ...models.decider import Decider
+from ...models.decider import Decider, deciders, keep_ratios
 from ...ops import Decision
 from ...registry import HOOKS
-from ...utils.input_checks import check_backbone
 from ..parameters import bare_model
-from .schedule_hooks import check_end
+from ..run_checks import check_architecture, check_end, compare_keep_ratios, write_keep_ratios
+from ..seeding import seed_each_process
 
 # Iterations between checks for collapse.
 CHECK_INTERVAL = 50
@@ -50,12 +47,7 @@ class SparsityHook(Hook):
             the checkpoint is of another backbone.
     """
 
-    def __init__(
-        self,
-        weight: float = 10.0,
-        per_image: bool = True,
-        warmup_iters: int = 0,
-    ) -> None:
+    def __init__(self, weight: float = 10.0, per_image: bool = True, warmup_iters: int = 0) -> None:
         for name, value in (('weight', weight), ('warmup_iters', warmup_iters)):
             if not value >= 0:
                 raise ValueError(f'{name} must be at least 0, got {value!r}')
@@ -66,38 +58,33 @@ class SparsityHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Find the parts that make decisions and start to measure all their forwards."""
         self._model = bare_model(runner)
-        parts = (SparseBackbone, Decider)
-        self._parts = [m for m in self._model.modules() if isinstance(m, parts)]
-        if not self._parts:
+        self._deciders = list(deciders(self._model).values())
+        if not self._deciders:
             raise ValueError(
                 'SparsityHook needs a model with a sparse part, for example type='
                 f"'mmdynsparse.SparseSwinTransformer', got {type(self._model).__name__} without one"
             )
-        self._meter = KeepRateMeter(self._parts)
-        self._targets = [ratio for part in self._parts for ratio in part.keep_ratios]
+        self._meter = KeepRateMeter(self._deciders)
 
     def before_train(self, runner: Runner) -> None:
         """Add the ratio loss to what the model's forward returns in loss mode."""
-        rank, _ = get_dist_info()
-        if rank or runner.iter:
-            entropy = [torch.initial_seed(), rank, runner.iter]
-            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        seed_each_process(runner.iter)
         check_end(type(self).__name__, 'warmup_iters', self.warmup_iters, runner)
 
         def add_losses(module: nn.Module, args: tuple, kwargs: dict, losses: dict) -> dict | None:
             if kwargs.get('mode') != 'loss':
                 return None
-            pairs = [(d, part) for part in self._parts for d in part.decisions]
+            pairs = [(d, decider) for decider in self._deciders for d in decider.decisions]
             decisions = [d for d, _ in pairs]
             # A decider that follows keeps exactly its ratio.
-            counts = [not getattr(part, 'follows', False) for _, part in pairs]
+            counts = [not decider.follows for _, decider in pairs]
             warmup = min(1.0, (runner.iter + 1) / max(self.warmup_iters, 1))
             weight = self.weight * warmup
             return losses | sparsity_losses(decisions, weight, self.per_image, counts)
 
         self._handle = self._model.register_forward_hook(add_losses, with_kwargs=True)
-        for part in self._parts:
-            part.has_ratio_loss = True
+        for decider in self._deciders:
+            decider.has_ratio_loss = True
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
@@ -105,32 +92,27 @@ class SparsityHook(Hook):
         """Check the mean rates of the last iterations for collapse."""
         if self.every_n_train_iters(runner, CHECK_INTERVAL):
             rates = self._meter.pop()
-            # Under a KeepRatioSchedule the rates are not those of the predictors.
-            scheduled = any(part.extra_kept for part in self._parts)
-            if runner.iter >= self.warmup_iters and not scheduled:
+            if runner.iter >= self.warmup_iters:
                 self._warn_of_collapse(rates, f'in training up to iteration {runner.iter + 1}')
 
     def after_train(self, runner: Runner) -> None:
         """Leave the model as it was."""
         self._handle.remove()
-        for part in self._parts:
-            part.has_ratio_loss = False
+        for decider in self._deciders:
+            decider.has_ratio_loss = False
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Forget what was measured before."""
-        self._meter.reset()
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        """Forget what was measured before a validation or test."""
+        if mode != 'train':
+            self._meter.reset()
 
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Forget what was measured before."""
-        self._meter.reset()
-
-    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Log the keep rates of the validation."""
-        self._log_rates(runner, 'val')
-
-    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Log the keep rates of the test."""
-        self._log_rates(runner, 'test')
+    def _after_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        """Log the keep rates of a validation or test."""
+        if mode != 'train':
+            rates = self._meter.pop()
+            for i, rate in enumerate(rates):
+                runner.message_hub.update_scalar(f'{mode}/eval_keep_rate_{i}', rate)
+            self._warn_of_collapse(rates, f'in {mode}')
 
     def after_run(self, runner: Runner) -> None:
         """Stop measuring."""
@@ -138,35 +120,16 @@ class SparsityHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Write down the keep ratios that the training aims at."""
-        checkpoint['meta']['keep_ratios'] = self._targets
+        write_keep_ratios(self._model, checkpoint)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse another architecture, and warn of other keep ratios where training is resumed."""
-        model = bare_model(runner)
-        # Parts of a sharded model have other shapes.
-        if hasattr(model, 'backbone') and not isinstance(runner.model, FullyShardedDataParallel):
-            check_backbone(model, checkpoint.get('state_dict', checkpoint))
-        ratios = [r for m in model.modules() for r in getattr(m, 'keep_ratios', ())]
-        before = checkpoint.get('meta', {}).get('keep_ratios', ratios)
-        if runner._resume and before != ratios:
-            print_log(
-                f'The resumed training had the keep ratios {before}, this one has {ratios}: the '
-                'predictors must learn them in the iterations that are left.',
-                logger='current',
-                level=logging.WARNING,
-            )
-
-    def _log_rates(self, runner: Runner, mode: str) -> None:
-        rates = self._meter.pop()
-        for i, rate in enumerate(rates):
-            runner.message_hub.update_scalar(f'{mode}/eval_keep_rate_{i}', rate)
-        self._warn_of_collapse(rates, f'in {mode}')
+        check_architecture(runner, checkpoint)
+        compare_keep_ratios(runner, checkpoint)
 
     def _warn_of_collapse(self, rates: Sequence[float], when: str) -> None:
-        targets = [ratio for part in self._parts for ratio in part.keep_ratios]
-        for i, (rate, target) in enumerate(zip(rates, targets, strict=True)):
-            what = collapse(rate, target)
-            if what:
+        for i, (rate, target) in enumerate(zip(rates, keep_ratios(self._model), strict=True)):
+            if what := collapse(rate, target):
                 print_log(
                     f'Predictor {i} keeps {what} ({rate:.3f} of the locations {when}, target '
                     f'{target}): raise the weight of SparsityHook or the learning rate of the '
@@ -180,34 +143,32 @@ class KeepRateMeter:
     """Mean keep rate of each predictor over the images of all forwards since the last ``pop``.
 
     Args:
-        parts: The sparse backbones and deciders to watch, their predictors numbered through.
+        deciders: Those to watch, their predictors numbered through.
     """
 
-    def __init__(self, parts: Sequence[SparseBackbone | Decider]) -> None:
-        self._parts = parts
-        self._handles = [part.register_forward_hook(self._add) for part in parts]
+    def __init__(self, deciders: Sequence[Decider]) -> None:
+        self._deciders = deciders
+        self._handles = [decider.register_forward_hook(self._add) for decider in deciders]
         self.reset()
 
     def reset(self) -> None:
         """Start anew."""
-        self._sums: dict[nn.Module, Tensor | float] = dict.fromkeys(self._parts, 0.0)
-        self._images = dict.fromkeys(self._parts, 0)
+        # Tensors alone: numbers would make a compiled model compile again at every forward.
+        self._sums: dict[nn.Module, Tensor] = {}
 
-    def _add(self, part: SparseBackbone | Decider, args: tuple, outputs: tuple) -> None:
-        if part.decisions:
-            rates = [d.mask.detach().mean() for d in part.decisions]
-            images = len(part.decisions[0].mask)
-            self._sums[part] = self._sums[part] + images * torch.stack(rates)
-            self._images[part] += images
+    def _add(self, decider: Decider, args: tuple[Sequence[Decision]], output: None) -> None:
+        rates = torch.stack([d.mask.detach().mean() for d in args[0]])
+        new = len(args[0][0].mask) * torch.cat((rates, torch.ones_like(rates[:1])))
+        self._sums[decider] = self._sums[decider] + new if decider in self._sums else new
 
     def pop(self) -> list[float]:
         """Return the means over all processes, NaN without a forward, and start anew."""
         means = []
-        for part, total in self._sums.items():
-            sums = torch.as_tensor(total).expand(len(part.keep_ratios))
-            packed = torch.cat((sums, sums.new_tensor([self._images[part]])))
-            all_reduce(packed)
-            means += (packed[:-1] / packed[-1]).tolist()
+        for decider in self._deciders:
+            nothing = torch.zeros(len(decider.keep_ratios) + 1)
+            sums = self._sums.get(decider, nothing)  # over images, and the number of these
+            all_reduce(sums)
+            means += (sums[:-1] / sums[-1]).tolist()
         self.reset()
         return means
 

@@ -9,7 +9,6 @@ not needed. What is added are predictors (``predictors.J``) and fast paths
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 import torch.utils.checkpoint as cp
@@ -19,18 +18,12 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_init
 from torch import Tensor, nn
 
-from ...layers import LayerNorm2d, Linear, fused_paths, linear_act, mlp_weights
-from ...ops import Decision, gathering_pays, two_paths
+from ...layers import LayerNorm2d, Linear, linear_act, mlp_weights
+from ...ops import Plan, two_paths
+from ...ops.kernels import MlpWeights
 from ...registry import MODELS
-from ...utils.checkpoint import load_pretrained
-from .sparse_backbone import (
-    SparseBackbone,
-    build_part,
-    check_stages,
-    checkpoint_cfg,
-    freeze,
-    may_be_new,
-)
+from ..decider import build_part
+from .sparse_backbone import StagedBackbone, checkpoint_cfg
 
 ARCHS = {
     'atto': ((2, 2, 6, 2), (40, 80, 160, 320)),
@@ -83,27 +76,19 @@ class ConvNeXtBlock(BaseModule):
         self.fast_path = build_part(fast_path, channels) if fast_path else None
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, decision: Decision | None, execution: str) -> Tensor:
-        """Return the block's output for maps (B, C, H, W); without a decision it is dense."""
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """Return the block's output for maps (B, C, H, W)."""
         if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, decision, execution, use_reentrant=False)
-        return self._forward(x, decision, execution)
+            return cp.checkpoint(self._forward, x, plan, use_reentrant=False)
+        return self._forward(x, plan)
 
-    def _forward(self, x: Tensor, decision: Decision | None, execution: str) -> Tensor:
+    def _forward(self, x: Tensor, plan: Plan) -> Tensor:
         mixed_BHWC = self.depthwise_conv(x).permute(0, 2, 3, 1)
-        if decision is None or (decision.keeps_all and not self.training):
-            return x + self.drop_path(self._slow_path(mixed_BHWC).permute(0, 3, 1, 2))
         tokens_BNC = x.permute(0, 2, 3, 1).flatten(1, 2)
-        mixed_BNC = mixed_BHWC.flatten(1, 2)
-        if execution == 'triton':
-            slow = mlp_weights(
-                self.norm, self.pointwise_conv1, self.act, self.pointwise_conv2, self.gamma
-            )
-            out_BNC = fused_paths(mixed_BNC, tokens_BNC, slow, self.fast_path, decision)
-        else:
-            gather = execution == 'gather' and gathering_pays(decision, self.fast_path)
-            paths = (self._slow_path, self.fast_path)
-            out_BNC = two_paths(mixed_BNC, tokens_BNC, *paths, decision, gather, self.drop_path)
+        paths = (self._slow_path, self.fast_path)
+        out_BNC = two_paths(
+            mixed_BHWC.flatten(1, 2), tokens_BNC, *paths, plan, self.drop_path, self._slow_weights
+        )
         return out_BNC.view(mixed_BHWC.shape).permute(0, 3, 1, 2)
 
     def _slow_path(self, x: Tensor) -> Tensor:
@@ -111,9 +96,13 @@ class ConvNeXtBlock(BaseModule):
         x = self.pointwise_conv2(linear_act(x, self.pointwise_conv1, self.act))
         return x if self.gamma is None else x * self.gamma
 
+    def _slow_weights(self) -> MlpWeights:
+        fcs = (self.pointwise_conv1, self.act, self.pointwise_conv2)
+        return mlp_weights(self.norm, *fcs, self.gamma)
+
 
 @MODELS.register_module()
-class SparseConvNeXt(SparseBackbone):
+class SparseConvNeXt(StagedBackbone):
     """ConvNeXt that sends a part of its locations through the MLPs.
 
     Maps are kept channels last in memory, so that a location's channels are contiguous; those that
@@ -146,11 +135,8 @@ class SparseConvNeXt(SparseBackbone):
         ValueError: If an argument is outside its range.
     """
 
-    original: ClassVar[str] = 'mmpretrain.ConvNeXt'
-    default_parts: ClassVar = dict(
-        predictor=dict(type='mmdynsparse.LocalGlobalPredictor', eps=1e-6),
-        fast_path=dict(type='mmdynsparse.LinearFastPath', eps=1e-6, layer_scale=1e-6),
-    )
+    original = 'mmpretrain.ConvNeXt'
+    source = 'mmpretrain'
 
     def __init__(
         self,
@@ -171,13 +157,18 @@ class SparseConvNeXt(SparseBackbone):
         sparsity: Mapping | None = None,
     ) -> None:
         depths, channels = _arch(arch)
-        super().__init__(sparsity, depths, checkpoint_cfg(init_cfg))
+        super().__init__(
+            sparsity,
+            depths,
+            _out_indices(out_indices, len(depths)),
+            frozen_stages,
+            checkpoint_cfg(init_cfg),
+            predictor=dict(type='mmdynsparse.LocalGlobalPredictor', eps=1e-6),
+            fast_path=dict(type='mmdynsparse.LinearFastPath', eps=1e-6, layer_scale=1e-6),
+        )
         eps = _norm_eps(norm_cfg or dict(type='LN2d', eps=1e-6))
         _check_fixed('linear_pw_conv', linear_pw_conv, True)
         _check_fixed('use_grn', use_grn, False)
-        self.out_indices = _out_indices(out_indices, len(depths))
-        check_stages(self.out_indices, frozen_stages, depths, self.sparsity)
-        self.frozen_stages = frozen_stages
         self.gap_before_final_norm = gap_before_final_norm
 
         stem = nn.Conv2d(in_channels, channels[0], stem_patch_size, stride=stem_patch_size)
@@ -190,8 +181,6 @@ class SparseConvNeXt(SparseBackbone):
         self.stages = ModuleList()
         self.predictors = ModuleList()
         for i, (depth, c) in enumerate(zip(depths, channels, strict=True)):
-            locations = self.stage_locations(i)
-            first_sparse = min(locations, default=depth)
             blocks = [
                 ConvNeXtBlock(
                     c,
@@ -200,7 +189,7 @@ class SparseConvNeXt(SparseBackbone):
                     drop_path_rate=next(rates),
                     layer_scale_init_value=layer_scale_init_value,
                     with_cp=with_cp,
-                    fast_path=self.sparsity.fast_path if j >= first_sparse else None,
+                    fast_path=self.fast_path_cfg(i, j),
                 )
                 for j in range(depth)
             ]
@@ -210,65 +199,28 @@ class SparseConvNeXt(SparseBackbone):
                 self.add_module(f'norm{i}', LayerNorm2d(c, eps))
         self._freeze()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
+    def _stem(self, x: Tensor) -> Tensor:
+        return self._downsample(x.contiguous(memory_format=torch.channels_last), 0)
 
-        With ``gap_before_final_norm`` they are vectors (B, C_i). The tuple carries the decisions
-        made on the way, and ``decisions`` holds them afterwards.
-        """
-        self.start_decisions()
-        x = x.contiguous(memory_format=torch.channels_last)
-        decision = None
-        outs = []
-        for i in range(max(self.out_indices) + 1):
-            x, decision = self._stage(self.downsample_layers[i](x), i, decision)
-            if i in self.out_indices:
-                outs.append(self._output(x, getattr(self, f'norm{i}')))
-        return self.with_decisions(outs)
+    def _downsample(self, x: Tensor, stage: int) -> Tensor:
+        return self.downsample_layers[stage](x)
 
-    def _stage(self, x: Tensor, i: int, last: Decision | None) -> tuple[Tensor, Decision | None]:
-        """Run a stage after the last decision; return its output and the last decision then."""
-        decision = None
-        predictors = iter(self.stage_predictors(i))
-        execution = self.execution_in(self.stages[i].training)
-        for j, block in enumerate(self.stages[i]):
-            if j in self.stage_locations(i):
-                decision = last = self.decide(x, i, next(predictors, None), last)
-            x = block(x, decision, execution)
-        return x, last
-
-    def _output(self, x: Tensor, norm: nn.Module) -> Tensor:
+    def _output(self, x: Tensor, stage: int) -> Tensor:
+        """Return a map, or with ``gap_before_final_norm`` vectors (B, C)."""
+        norm = getattr(self, f'norm{stage}')
         if self.gap_before_final_norm:
             return norm(x.mean((2, 3), keepdim=True)).flatten(1)
-        # Operators such as RoIAlign read any map as if it were contiguous.
         return norm(x).contiguous()
 
-    def train(self, mode: bool = True) -> 'SparseConvNeXt':
-        """Set the training mode; frozen stages stay in eval mode, without gradients."""
-        super().train(mode)
-        self._freeze()
-        return self
+    def _stage_parts(self, stage: int) -> Sequence[nn.Module]:
+        return (self.downsample_layers[stage], *super()._stage_parts(stage))
 
-    def _freeze(self) -> None:
-        for i, (downsample, stage) in enumerate(
-            zip(self.downsample_layers, self.stages, strict=True)
-        ):
-            for part in (downsample, stage, *self.stage_predictors(i)):
-                if i < self.frozen_stages:
-                    freeze(part)
-                elif i > max(self.out_indices):
-                    # No output depends on it, which distributed training refuses.
-                    part.requires_grad_(False)
-
-    def init_weights(self) -> None:
-        """Initialize as ConvNeXt does, then load the checkpoint of ``init_cfg`` if there is one."""
+    def _init_parameters(self) -> None:
         for m in self.modules():
             if isinstance(m, nn.Conv2d | nn.Linear):
                 trunc_normal_init(m, std=0.02, bias=0.0)
             elif isinstance(m, nn.LayerNorm):
                 constant_init(m, val=1.0, bias=0.0)
-        if self.init_cfg is not None:
-            load_pretrained(self, self.init_cfg['checkpoint'], 'mmpretrain', may_be_new)
 
 
 def _arch(arch: str | dict) -> tuple[Sequence[int], Sequence[int]]:

@@ -11,7 +11,6 @@ predictors (``predictors.J``) and, if asked for, fast paths (``layerI.K.fast_pat
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from itertools import chain, pairwise
-from typing import ClassVar
 
 import torch
 from mmcv.cnn import build_conv_layer, build_norm_layer
@@ -20,30 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...layers import conv_norm, is_plain
-from ...ops import (
-    Decision,
-    cell_mask,
-    cell_rows,
-    cell_table,
-    gathering_pays,
-    region,
-    spread_decision,
-    table_map,
-    with_positions,
-)
+from ...ops import Decision, Plan, cell_rows, cell_table, location_mask, region, table_map
 from ...registry import MODELS
-from ...utils.checkpoint import load_pretrained
 from .resnet_blocks import BasicBlock, Bottleneck, Cells, ResidualBlock
-from .sparse_backbone import (
-    SparseBackbone,
-    check_stages,
-    checkpoint_cfg,
-    freeze,
-    may_be_new,
-)
-
-# Share of kept cells above which computing everything and masking is as fast (benchmarks/).
-BREAK_EVEN = 0.8
+from .sparse_backbone import StagedBackbone, checkpoint_cfg
 
 ARCHS = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -55,7 +34,7 @@ ARCHS = {
 
 
 @MODELS.register_module()
-class SparseResNet(SparseBackbone):
+class SparseResNet(StagedBackbone):
     """ResNet that evaluates residual branches in a part of the cells of its maps.
 
     A decision is made for cells of g x g positions and holds for the blocks up to the next
@@ -106,9 +85,10 @@ class SparseResNet(SparseBackbone):
     """
 
     original = 'ResNet'
-    default_parts: ClassVar = dict(
-        predictor=dict(type='mmdynsparse.CellPredictor'), fast_path=None, cell_size=(8, 8, 4, 4)
-    )
+    source = 'mmdet'
+    gathers_cells = True
+    # Computing everything and masking is as fast above (benchmarks/resnet_cells.py).
+    break_even = 0.8
 
     def __init__(
         self,
@@ -144,15 +124,19 @@ class SparseResNet(SparseBackbone):
             by_stage['stage_with_dcn'] = stage_with_dcn
         _check_shape(depth, style, num_stages, by_stage, multi_grid)
         block, depths = ARCHS[depth][0], ARCHS[depth][1][:num_stages]
-        if sparsity is not None:
-            last = min(max(out_indices), num_stages - 1)
-            places = {i: (1,) for i in range(1, last + 1)} or {0: (1,)}
-            sparsity = dict(locations=places) | sparsity
-        super().__init__(sparsity, depths, checkpoint_cfg(init_cfg, pretrained))
-        check_stages(out_indices, frozen_stages, depths, self.sparsity)
+        last = min(max(out_indices, default=0), num_stages - 1)
+        super().__init__(
+            sparsity,
+            depths,
+            out_indices,
+            frozen_stages,
+            checkpoint_cfg(init_cfg, pretrained),
+            locations={i: (1,) for i in range(1, last + 1)} or {0: (1,)},
+            predictor=dict(type='mmdynsparse.CellPredictor'),
+            fast_path=None,
+            cell_size=(8, 8, 4, 4),
+        )
         self.num_stages = num_stages
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.zero_init_residual = zero_init_residual
 
@@ -184,7 +168,8 @@ class SparseResNet(SparseBackbone):
             self.add_module(f'layer{i + 1}', layer)
             channels = base_channels * 2**i * block.expansion
             self.predictors.extend(self.build_predictors(i, channels))
-        self._check_sparse(self.keep_ratios)
+        for i in range(num_stages):
+            self._check_locations(i)
         self._freeze()
 
     @property
@@ -228,83 +213,57 @@ class SparseResNet(SparseBackbone):
         dilations: Sequence[int],
         **kwargs,
     ) -> nn.Sequential:
-        first_sparse = min(self.stage_locations(i), default=len(dilations))
         blocks = []
         for j, dilation in enumerate(dilations):
-            fast_path = self.sparsity.fast_path if j >= first_sparse else None
             place = (in_channels, planes, stride, dilation)
-            blocks.append(block(*place, fast_path=fast_path, **kwargs))
+            blocks.append(block(*place, fast_path=self.fast_path_cfg(i, j), **kwargs))
             in_channels, stride = planes * block.expansion, 1
+        first_sparse = min(self.stage_locations(i), default=len(blocks))
         obstacles = (b.obstacle() for b in blocks[first_sparse:])
         self._obstacles.append(next(filter(None, obstacles), None))
         return nn.Sequential(*blocks)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
-
-        The tuple carries the decisions made on the way, over cells, and ``decisions`` holds them
-        afterwards.
-        """
-        self.start_decisions()
-        x = self._stem(x.contiguous(memory_format=torch.channels_last))
-        decision = None
-        outs = []
-        for i in range(max(self.out_indices) + 1):
-            x, decision = self._stage(x, i, decision)
-            if i in self.out_indices:
-                outs.append(x)
-        # Operators such as RoIAlign read any map as if it were contiguous. One after the other, so
-        # that at no time there are two copies of all.
-        for i in range(len(outs)):
-            outs[i] = outs[i].contiguous()
-        return self.with_decisions(outs)
-
     def _stem(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
         if self.deep_stem and not is_plain(self.stem, nn.Sequential):
             return self.maxpool(self.stem(x))
         for conv, norm in self.stem_layers:
             x = self.relu(conv_norm(x, conv, norm))
         return self.maxpool(x)
 
-    def _stage(self, x: Tensor, i: int, last: Decision | None) -> tuple[Tensor, Decision | None]:
-        """Run a stage after the last decision; return its output and the last decision then."""
-        predictors = iter(self.stage_predictors(i))
-        blocks, locations = list(self.stages[i]), self.stage_locations(i)
-        for block in blocks[: min(locations, default=len(blocks))]:
-            x = block(x)
-        for start, end in pairwise((*locations, len(blocks))):
-            hw, size = tuple(x.shape[2:]), self.cell_size(i)
-            decision = self.decide_cells(x, i, next(predictors, None), last)
-            if self.sparsity.follow:
-                last = spread_decision(decision, hw, size)
-            execution = self.execution_in(self.stages[i].training)
-            x = _sparse_blocks(x, blocks[start:end], decision, size, execution)
-        return x, last
+    def _run_blocks(self, x: Tensor, blocks: Sequence[ResidualBlock], plan: Plan) -> Tensor:
+        if plan.gathers:
+            if all(is_plain(block, BasicBlock, Bottleneck) for block in blocks):
+                return in_cells(x, blocks, plan)
+            # Cells are not what a hook on a block expects.
+            plan = Plan('masked', plan.decision, location_mask(plan.decision))
+        mask = None if plan.mask is None else plan.mask.view(len(x), 1, *x.shape[2:])
+        for block in blocks:
+            x = block(x, mask)
+        return x
+
+    def _output(self, x: Tensor, stage: int) -> Tensor:
+        return x
+
+    def _finish(self, maps: list[Tensor], decisions: list[Decision]) -> tuple:
+        # One after the other, so that at no time there are two copies of all.
+        for i in range(len(maps)):
+            maps[i] = maps[i].contiguous()
+        return super()._finish(maps, decisions)
 
     def train(self, mode: bool = True) -> 'SparseResNet':
-        """Set the training mode; frozen stages stay in eval mode, without gradients."""
+        """Set the training mode; frozen stages, and norms with ``norm_eval``, stay in eval mode."""
         super().train(mode)
-        self._freeze()
         if mode and self.norm_eval:
             for m in self.modules():
                 if isinstance(m, _BatchNorm):
                     m.eval()
         return self
 
-    def _freeze(self) -> None:
-        if self.frozen_stages >= 0:
-            for part in chain(*self.stem_layers):
-                freeze(part)
-        for i, stage in enumerate(self.stages):
-            for part in (stage, *self.stage_predictors(i)):
-                if i < self.frozen_stages:
-                    freeze(part)
-                elif i > max(self.out_indices):
-                    # No output depends on it, which distributed training refuses.
-                    part.requires_grad_(False)
+    def _stem_parts(self) -> Sequence[nn.Module]:
+        return (self.stem,) if self.deep_stem else self.stem_layers[0]
 
-    def init_weights(self) -> None:
-        """Initialize as ResNet does, then load the checkpoint of ``init_cfg`` if there is one."""
+    def _init_parameters(self) -> None:
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 kaiming_init(m)
@@ -317,35 +276,29 @@ class SparseResNet(SparseBackbone):
             for part in block.children():
                 if hasattr(part, 'init_weights'):
                     part.init_weights()
-        if self.init_cfg is not None:
-            load_pretrained(self, self.init_cfg['checkpoint'], 'mmdet', may_be_new)
 
-    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
-        """Change the keep ratios of the built model, see :class:`SparseBackbone`.
+    def _plan(self, decision: Decision, stage: int) -> Plan:
+        self._check_sparse(stage, decision.ratio)
+        return super()._plan(decision, stage)
 
-        Raises:
-            ValueError: Also if a stage that cannot be sparse is to drop locations.
-        """
-        if self.sparsity is not None and hasattr(self, '_obstacles'):
-            self._check_sparse(self.sparsity.resolve(keep_ratio))
-        super().set_keep_ratio(keep_ratio)
+    def _check_locations(self, stage: int) -> None:
+        blocks, locations = self.stages[stage], self.stage_locations(stage)
+        if any(blocks[j].downsample is not None for j in locations):
+            raise ValueError(
+                f'sparsity.locations[{stage}] takes blocks that keep the size of their map, '
+                f'1 to {len(blocks) - 1}, got {locations}'
+            )
+        for j in locations:
+            self._check_sparse(stage, self.keep_ratios[self.sparsity.index(stage, j)])
 
-    def _check_sparse(self, keep_ratios: Sequence[float]) -> None:
-        ratios = iter(keep_ratios)
-        for i, obstacle in enumerate(self._obstacles):
-            locations = self.stage_locations(i)
-            if any(self.stages[i][j].downsample is not None for j in locations):
-                raise ValueError(
-                    f'sparsity.locations[{i}] takes blocks that keep the size of their map, '
-                    f'1 to {len(self.stages[i]) - 1}, got {locations}'
-                )
-            ratio = min((next(ratios) for _ in locations), default=1.0)
-            if ratio < 1 and obstacle is not None:
-                raise ValueError(
-                    f'stage {i} must have plain convolutions (no conv_cfg, dcn or plugins) and '
-                    f'batch norms with running statistics to be sparse, or keep ratio 1.0, got '
-                    f'{obstacle} and {ratio}'
-                )
+    def _check_sparse(self, stage: int, ratio: float) -> None:
+        obstacle = self._obstacles[stage]
+        if ratio < 1 and obstacle is not None:
+            raise ValueError(
+                f'stage {stage} must have plain convolutions (no conv_cfg, dcn or plugins) and '
+                f'batch norms with running statistics to be sparse, or keep ratio 1.0, got '
+                f'{obstacle} and {ratio}'
+            )
 
 
 @MODELS.register_module()
@@ -368,40 +321,19 @@ class SparseResNetV1d(SparseResNet):
         super().__init__(depth, deep_stem=True, avg_down=True, **kwargs)
 
 
-def _sparse_blocks(
-    x: Tensor, blocks: Sequence[ResidualBlock], decision: Decision, size: int, execution: str
-) -> Tensor:
-    """Run the blocks that share a decision."""
-    sparse = not decision.keeps_all
-    if execution != 'masked' and sparse:
-        if decision.kept is None:
-            decision = with_positions(decision)
-        # Cells are not what a hook on a block expects.
-        plain = all(is_plain(block, BasicBlock, Bottleneck) for block in blocks)
-        if plain and gathering_pays(decision, None, BREAK_EVEN):
-            return in_cells(x, blocks, decision, size, fused=execution == 'triton')
-    mask = None
-    if sparse or execution == 'masked':
-        mask = cell_mask(decision.mask, tuple(x.shape[2:]), size)
-    for block in blocks:
-        x = block(x, mask)
-    return x
-
-
-def in_cells(
-    x: Tensor, blocks: Sequence[ResidualBlock], decision: Decision, size: int, fused: bool
-) -> Tensor:
+def in_cells(x: Tensor, blocks: Sequence[ResidualBlock], plan: Plan) -> Tensor:
     """Run blocks in the kept cells of a map, on a copy that they update in place."""
-    batch, hw = len(x), tuple(x.shape[2:])
+    batch, hw, size = len(x), tuple(x.shape[2:]), plan.decision.cell_size
     with region('gather'):
         table = cell_table(x)
-        dropped = cell_rows(decision.dropped, batch, hw, size, 0).inner
+        dropped = cell_rows(plan.dropped, batch, hw, size, 0).inner
     kept = {}
     for block in blocks:
         if block.halo not in kept:
             with region('gather'):
-                kept[block.halo] = cell_rows(decision.kept, batch, hw, size, block.halo)
-        cells = Cells(decision.kept, kept[block.halo], dropped, size, batch, hw, fused)
+                kept[block.halo] = cell_rows(plan.kept, batch, hw, size, block.halo)
+        fused = plan.form == 'triton'
+        cells = Cells(plan.kept, kept[block.halo], dropped, size, batch, hw, fused)
         block.update_cells(table, cells)
     return table_map(table, batch, hw)
 

@@ -1,9 +1,10 @@
-"""What every sparse backbone shares: keep ratios, execution and the decisions it made."""
+"""What every sparse backbone shares: decisions, stages, freezing, checkpoints."""
 
-import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import ClassVar
 
 from mmengine.logging import print_log
@@ -11,102 +12,90 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...ops import (
+    BREAK_EVEN,
+    DENSE,
+    EXECUTIONS,
     Decision,
-    cell_grid,
+    Plan,
     cell_means,
     keep_all,
-    region,
+    location_scores,
+    plan,
     resize_scores,
-    sample_decision,
-    select_decision,
-    spread_decision,
 )
-from ...registry import MODELS
-from ...utils.input_checks import is_new
-from ..features import is_exporting, with_decisions
+from ...utils.checkpoints import is_new, load_pretrained
+from ..decider import Decider, build_part
+from ..features import with_decisions
 from ..sparsity import Sparsity
-
-EXECUTIONS = ('gather', 'triton', 'masked')
 
 
 class SparseBackbone(BaseModule):
     """Base of the backbones that send only a part of the locations through the slow path.
 
     Attributes:
-        keep_ratios: Target keep ratio of each decision; change them by ``set_keep_ratio``.
-        decisions: Decisions of the last forward, in the order in which they were made.
-        execution: How a model in eval mode is executed: 'gather' (the default) computes each path
-            on its own locations, 'triton' does so in fused kernels for CUDA (see ``ops.kernels``;
-            not for vision transformers, which have no paths to fuse), 'masked' computes both
-            everywhere and combines them by the mask. In training it is always masked, which lets
-            the predictors learn from the task.
-        temperature: Of the Gumbel-softmax by which training samples, > 0; 1 unless changed.
-        extra_kept: Share of the locations that training keeps whatever the predictors say, in
-            [0, 1]; 0 unless changed, as ``KeepRatioSchedule`` does.
-        has_ratio_loss: Whether something trains the predictors towards the keep ratios; set by
-            ``SparsityHook``. A sparse backbone that trains without it warns once.
+        decider: Makes the decisions; see :class:`~mmdynsparse.models.decider.Decider`.
 
     Args:
         sparsity: Arguments of :class:`~mmdynsparse.models.sparsity.Sparsity`, or None for the
             dense model.
         depths: Blocks of each stage.
         init_cfg: As in every OpenMMLab module. Defaults to None.
+        falling: As of ``Decider``. Defaults to False.
+        **defaults: Of ``sparsity`` in this family.
     """
 
     # Type that a config names for the dense original of a family.
     original: ClassVar[str]
+    # Layout of the checkpoints that ``init_cfg`` names, see ``convert_checkpoint``.
+    source: ClassVar[str]
     # What ``execution`` may be.
     executions: ClassVar[tuple[str, ...]] = EXECUTIONS
-    # Parts of ``sparsity`` that differ from the general defaults in this family.
-    default_parts: ClassVar[Mapping] = {}
     # Values of ``sparsity`` that not every family takes, and that this one does.
     options: ClassVar[tuple[str, ...]] = ('cell_size', 'follow')
 
     def __init__(
-        self, sparsity: Mapping | None, depths: Sequence[int], init_cfg: dict | None = None
+        self,
+        sparsity: Mapping | None,
+        depths: Sequence[int],
+        init_cfg: dict | None = None,
+        falling: bool = False,
+        **defaults,
     ) -> None:
         super().__init__(init_cfg)
         self.sparsity = None
         if sparsity is not None:
-            self.sparsity = Sparsity.from_cfg({**self.default_parts, **sparsity}, depths)
+            self.sparsity = Sparsity.from_cfg(sparsity, depths, **defaults)
             self._check_options()
-        self.keep_ratios: list[float] = []
-        if self.sparsity is not None:
-            self.set_keep_ratio(self.sparsity.keep_ratio)
-        self.decisions: list[Decision] = []
-        self.execution = 'gather'
-        self.temperature = 1.0
-        self.extra_kept = 0.0
-        self.has_ratio_loss = False
-        self._warned = False
-        self.register_forward_hook(_forget_exported)
+        self.decider = Decider(self.sparsity, executions=self.executions, falling=falling)
+
+    @property
+    def keep_ratios(self) -> list[float]:
+        """Target keep ratio of each decision; change them by ``set_keep_ratio``."""
+        return self.decider.keep_ratios
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """Decisions of the last forward, in the order in which they were made."""
+        return self.decider.decisions
 
     @property
     def execution(self) -> str:
-        """How sparse blocks are executed in eval mode, one of ``executions``."""
-        return self._execution
+        """How the model is executed in eval mode, one of ``executions``.
+
+        'gather' (the default) computes each path on its own locations; 'triton' does so in fused
+        kernels for CUDA (see ``ops.kernels``; not for vision transformers, which have no paths to
+        fuse); 'masked' computes both everywhere and combines them by the mask. In training it is
+        always masked, which lets the predictors learn from the task.
+        """
+        return self.decider.execution
 
     @execution.setter
     def execution(self, value: str) -> None:
-        if value not in self.executions:
-            raise ValueError(f'execution must be one of {self.executions}, got {value!r}')
-        self._execution = value
+        self.decider.execution = value
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
-        """Change the keep ratios of the built model.
-
-        Args:
-            keep_ratio: A number in (0, 1], continued by the schedule, or one for each decision.
-
-        Raises:
-            ValueError: If a ratio is outside (0, 1], the list has the wrong length or the
-                backbone is dense.
-        """
-        if self.sparsity is None:
-            raise ValueError(
-                f'keep_ratio needs a sparse backbone, got {keep_ratio} for a dense one'
-            )
-        self.keep_ratios = self.sparsity.resolve(keep_ratio)
+        """Change the keep ratios of the built model, as ``Decider.set_keep_ratio``."""
+        self.decider.set_keep_ratio(keep_ratio)
 
     def stage_locations(self, stage: int) -> tuple[int, ...]:
         """Return the blocks of a stage before which a decision is made."""
@@ -122,77 +111,30 @@ class SparseBackbone(BaseModule):
         count = self.num_predictors(stage)
         return [build_part(self.sparsity.predictor, embed_dims) for _ in range(count)]
 
-    def stage_predictors(self, stage: int) -> list[nn.Module]:
-        """Return the predictors of a stage, in a backbone that has all of them in one list."""
-        first = sum(self.num_predictors(i) for i in range(stage))
-        return list(self.predictors)[first : first + self.num_predictors(stage)]
+    def fast_path_cfg(self, stage: int, block: int) -> dict | None:
+        """Return the config of a block's fast path, None before the first decision of a stage."""
+        locations = self.stage_locations(stage)
+        return self.sparsity.fast_path if locations and block >= locations[0] else None
 
-    def cell_size(self, stage: int) -> int:
-        """Return the side of the cells for which is decided in a stage, in locations."""
-        return 1 if self.sparsity.cell_size is None else self.sparsity.cell_size[stage]
-
-    def decide(
-        self, x_BCHW: Tensor, stage: int, predictor: nn.Module | None, last: Decision | None
-    ) -> Decision:
-        """Make the next decision of this forward, over the locations of a map.
-
-        Args:
-            x_BCHW: The map; channels last in memory costs the least.
-            stage: Its stage.
-            predictor: What scores the cells of the map, or None to follow ``last``.
-            last: What this returned before in this forward, or None if nothing.
-        """
-        decision = self.decide_cells(x_BCHW, stage, predictor, last)
-        return spread_decision(decision, tuple(x_BCHW.shape[2:]), self.cell_size(stage))
-
-    def decide_cells(
-        self, x_BCHW: Tensor, stage: int, predictor: nn.Module | None, last: Decision | None
-    ) -> Decision:
-        """Make the next decision, over the cells of a map, and keep it in ``decisions``.
-
-        A predictor in training mode samples, one in eval mode (a frozen stage too) selects. Without
-        one it is the mode of the stage that counts. What the predictors learn does not change the
-        features they look at: gradients end there. Arguments are those of ``decide``.
-        """
-        hw, size = tuple(x_BCHW.shape[2:]), self.cell_size(stage)
-        grid = cell_grid(hw, size)
-        ratio, selector = self.keep_ratios[len(self.decisions)], self.sparsity.selector
-        training = (self.stages[stage] if predictor is None else predictor).training
-        if ratio >= 1 and not training:
-            decision = keep_all(x_BCHW.new_empty(len(x_BCHW), grid[0] * grid[1], 0), grid)
+    def init_weights(self) -> None:
+        """Initialize as the original does, then load the checkpoint of ``init_cfg``, if any."""
+        self._init_parameters()
+        for name, module in self.named_modules():
+            if is_new(f'{name}.') and hasattr(module, 'init_weights'):
+                module.init_weights()
+        if self.init_cfg is None:
+            print_log(f'{type(self).__name__} starts from random weights', logger='current')
         else:
-            with region('predictor'):
-                if predictor is None:
-                    log_probs = resize_scores(last.scores, last.hw, hw, size)
-                else:
-                    log_probs = predictor(cell_means(x_BCHW.detach(), size))
-            if training:
-                decision = sample_decision(
-                    log_probs, grid, ratio, self.temperature, selector, extra=self.extra_kept
-                )
-            else:
-                gather = self.execution != 'masked'
-                decision = select_decision(log_probs, grid, ratio, selector, gather)
-        # torch.compile does not keep what _replace returns.
-        self.decisions.append(Decision(*decision[:6], size))
-        return decision
+            load_pretrained(self, self.init_cfg['checkpoint'], self.source, may_be_new)
 
-    def execution_in(self, training: bool) -> str:
-        """Return how blocks in training or eval mode are executed."""
-        return 'masked' if training else self.execution
+    @abstractmethod
+    def _init_parameters(self) -> None:
+        """Initialize all parameters, as the original does its own."""
 
-    def start_decisions(self) -> None:
-        """Forget the decisions of the last forward; call it at the start of each."""
-        self.decisions = []
-        sparse = self.training and any(r < 1 for r in self.keep_ratios)
-        if sparse and not self.has_ratio_loss and not self._warned:
-            self._warned = True
-            print_log(
-                f'{type(self).__name__} trains without a ratio loss, so nothing holds its keep '
-                "rate: add custom_hooks=[dict(type='mmdynsparse.SparsityHook')] to the config.",
-                logger='current',
-                level=logging.WARNING,
-            )
+    def _finish(self, maps: Iterable, decisions: list[Decision]) -> tuple:
+        """End a forward: return its maps as a tuple that carries its decisions."""
+        self.decider(decisions)
+        return with_decisions(maps, decisions)
 
     def _check_options(self) -> None:
         for name in ('cell_size', 'follow', 'attention'):
@@ -203,10 +145,6 @@ class SparseBackbone(BaseModule):
                     f'sparsity.{name} must be {default} in a {type(self).__name__}, got {value}'
                 )
 
-    def with_decisions(self, maps: Sequence) -> tuple:
-        """Return the maps of a forward as a tuple that carries its decisions."""
-        return with_decisions(maps, self.decisions)
-
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Leave out the norms of outputs that this model does not have."""
         for name in [k for k in state_dict if re.match(r'norm\d\.', k.removeprefix(prefix))]:
@@ -214,55 +152,179 @@ class SparseBackbone(BaseModule):
                 del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __getstate__(self) -> dict:
-        """Copies and pickles leave the last forward's decisions, and their graph, behind."""
-        return {**self.__dict__, 'decisions': []}
 
+class StagedBackbone(SparseBackbone):
+    """Base of the backbones of several stages, each with maps of its own size.
 
-def _forget_exported(backbone: SparseBackbone, args: tuple, outs: tuple) -> None:
-    """Leave none of the decisions that torch.export traced, which have no values."""
-    if is_exporting():
-        backbone.decisions = []
+    A family has ``stages`` and says how it enters a stage, how it runs blocks that share a plan,
+    and what it returns of a stage. Maps are (B, C, H, W), channels last in memory.
 
-
-def build_part(cfg: dict, embed_dims: int) -> nn.Module:
-    """Build a predictor or fast path for ``embed_dims`` channels."""
-    return MODELS.build({**cfg, 'embed_dims': embed_dims})
-
-
-def freeze(module: nn.Module) -> None:
-    """Put a module in eval mode and stop its gradients."""
-    module.eval()
-    module.requires_grad_(False)
-
-
-def may_be_new(name: str) -> bool:
-    """Whether a parameter may be missing in a dense checkpoint: sparse parts, output norms."""
-    return is_new(name) or re.match(r'norm\d\.', name) is not None
-
-
-def check_stages(
-    out_indices: Sequence[int],
-    frozen_stages: int,
-    depths: Sequence[int],
-    sparsity: Sparsity | None,
-) -> None:
-    """Check what refers to stages.
+    Args:
+        sparsity: As in the base class.
+        depths: Blocks of each stage.
+        out_indices: Stages whose output is returned.
+        frozen_stages: Stages to freeze: -1 none, 0 the stem, i also the first i stages.
+        init_cfg: As in every OpenMMLab module. Defaults to None.
+        **defaults: Of ``sparsity`` in this family.
 
     Raises:
         ValueError: If an output, the number of frozen stages or a predictor is outside the stages
             that there are, or that an output depends on.
     """
-    if not out_indices or not all(0 <= i < len(depths) for i in out_indices):
-        raise ValueError(f'out_indices must be in 0 to {len(depths) - 1}, got {out_indices}')
-    if not -1 <= frozen_stages <= len(depths):
-        raise ValueError(f'frozen_stages must be in -1 to {len(depths)}, got {frozen_stages}')
-    last = max(out_indices)
-    if sparsity is not None and max(sparsity.locations) > last:
-        raise ValueError(
-            f'sparsity.locations takes stages up to the last output, {last}, '
-            f'got stage {max(sparsity.locations)}'
+
+    # Whether blocks gather the cells of a decision themselves, rather than its locations.
+    gathers_cells: ClassVar[bool] = False
+    # Share of kept cells from which on masked execution is as fast, without a fast path.
+    break_even: ClassVar[float] = BREAK_EVEN
+
+    def __init__(
+        self,
+        sparsity: Mapping | None,
+        depths: Sequence[int],
+        out_indices: Sequence[int],
+        frozen_stages: int,
+        init_cfg: dict | None = None,
+        **defaults,
+    ) -> None:
+        super().__init__(sparsity, depths, init_cfg, **defaults)
+        if not out_indices or not all(0 <= i < len(depths) for i in out_indices):
+            raise ValueError(f'out_indices must be in 0 to {len(depths) - 1}, got {out_indices}')
+        if not -1 <= frozen_stages <= len(depths):
+            raise ValueError(f'frozen_stages must be in -1 to {len(depths)}, got {frozen_stages}')
+        last = max(out_indices)
+        if self.sparsity is not None and max(self.sparsity.locations) > last:
+            raise ValueError(
+                f'sparsity.locations takes stages up to the last output, {last}, '
+                f'got stage {max(self.sparsity.locations)}'
+            )
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
+
+        The tuple carries the decisions made on the way, and ``decisions`` holds them afterwards.
+        """
+        decisions, outs = [], []
+        for i in range(max(self.out_indices) + 1):
+            x = self._stem(x) if i == 0 else self._downsample(x, i)
+            x = self._run_stage(x, i, decisions)
+            if i in self.out_indices:
+                outs.append(self._output(x, i))
+        return self._finish(outs, decisions)
+
+    def _run_stage(self, x: Tensor, stage: int, decisions: list[Decision]) -> Tensor:
+        """Run the blocks of a stage: those before its first decision, then those of each.
+
+        Args:
+            x: The map.
+            stage: Its stage.
+            decisions: Those of this forward, to which the new ones are added.
+        """
+        blocks, locations = self._blocks(stage), self.stage_locations(stage)
+        predictors = list(self._predictors(stage)) or [None] * len(locations)
+        first = locations[0] if locations else len(blocks)
+        x = self._run_blocks(x, blocks[:first], DENSE)
+        bounds = pairwise((*locations, len(blocks)))
+        for (start, end), predictor in zip(bounds, predictors, strict=True):
+            decision = self._decide(x, stage, start, predictor, decisions)
+            decisions.append(decision)
+            x = self._run_blocks(x, blocks[start:end], self._plan(decision, stage))
+        return x
+
+    def _decide(
+        self,
+        x: Tensor,
+        stage: int,
+        block: int,
+        predictor: nn.Module | None,
+        decisions: Sequence[Decision],
+    ) -> Decision:
+        """Decide before a block, by a predictor or by following the last decision."""
+        hw, index = tuple(x.shape[2:]), self.sparsity.index(stage, block)
+        size = self.sparsity.cell_size[stage] if self.sparsity.cell_size else 1
+        learns = (self.stages[stage] if predictor is None else predictor).training
+        if self.decider.keeps_all(index, learns):
+            return keep_all(len(x), hw, x.device, size)
+        if predictor is not None:
+            return self.decider.predict(cell_means(x, size), hw, size, index, predictor)
+        last = decisions[index - 1]
+        log_probs = resize_scores(location_scores(last), last.hw, hw, size)
+        return self.decider.decide(log_probs, hw, size, index, sample=learns)
+
+    def _plan(self, decision: Decision, stage: int) -> Plan:
+        return plan(
+            decision,
+            self.execution,
+            learns=self.stages[stage].training,
+            has_fast_path=self.sparsity.fast_path is not None,
+            of_cells=self.gathers_cells,
+            break_even=self.break_even,
         )
+
+    def _blocks(self, stage: int) -> Sequence[nn.Module]:
+        return list(self.stages[stage])
+
+    def _predictors(self, stage: int) -> Sequence[nn.Module]:
+        """Return the predictors of a stage, in a backbone that has all of them in one list."""
+        first = sum(self.num_predictors(i) for i in range(stage))
+        return list(self.predictors)[first : first + self.num_predictors(stage)]
+
+    @abstractmethod
+    def _stem(self, x: Tensor) -> Tensor:
+        """Return the map that enters the first stage, for images."""
+
+    def _downsample(self, x: Tensor, stage: int) -> Tensor:
+        """Return the map that enters a later stage, for the output of the one before."""
+        return x
+
+    def _run_blocks(self, x: Tensor, blocks: Sequence[nn.Module], plan: Plan) -> Tensor:
+        """Run blocks that share a plan."""
+        for block in blocks:
+            x = block(x, plan)
+        return x
+
+    @abstractmethod
+    def _output(self, x: Tensor, stage: int) -> Tensor:
+        """Return what the backbone returns of a stage, contiguous in memory.
+
+        Operators such as RoIAlign read any map as if it were contiguous.
+        """
+
+    def train(self, mode: bool = True) -> 'StagedBackbone':
+        """Set the training mode; frozen stages stay in eval mode, without gradients."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        frozen = range(max(self.frozen_stages, 0))
+        stem = self._stem_parts() if self.frozen_stages >= 0 else ()
+        for part in (*stem, *(part for i in frozen for part in self._stage_parts(i))):
+            if isinstance(part, nn.Module):
+                part.eval()
+            part.requires_grad_(False)
+        # What no output depends on never gets a gradient, which distributed training refuses.
+        for part in self._unused_parts():
+            part.requires_grad_(False)
+
+    def _stem_parts(self) -> Sequence[nn.Module | nn.Parameter]:
+        """Return what is frozen with ``frozen_stages`` 0."""
+        return ()
+
+    def _stage_parts(self, stage: int) -> Sequence[nn.Module]:
+        """Return what is frozen with a stage."""
+        return (self.stages[stage], *self._predictors(stage))
+
+    def _unused_parts(self) -> Sequence[nn.Module]:
+        """Return what comes after the last output."""
+        stages = range(max(self.out_indices) + 1, len(self.stages))
+        return [part for i in stages for part in self._stage_parts(i)]
+
+
+def may_be_new(name: str) -> bool:
+    """Whether a parameter may be missing in a dense checkpoint: sparse parts, output norms."""
+    return is_new(name) or re.match(r'norm\d\.', name) is not None
 
 
 def checkpoint_cfg(init_cfg: dict | None, pretrained: str | None = None) -> dict | None:

@@ -6,35 +6,24 @@ Sparsification* (T-PAMI 2023, arXiv 2207.01580). Arguments and state-dict names 
 (``stages.I.predictors.J``) and fast paths (``stages.I.blocks.K.fast_path``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.drop import DropPath
-from mmengine.logging import print_log
 from mmengine.model import BaseModule, ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA, fused_paths
-from ...ops import Decision, WindowRows, gathering_pays, region, two_paths, with_positions
+from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA
+from ...ops import Plan, WindowRows, region, two_paths
+from ...ops.kernels import MlpWeights
 from ...registry import MODELS
-from ...utils.checkpoint import load_pretrained, resize_bias_table, resize_pos_embed
-from .sparse_backbone import (
-    SparseBackbone,
-    build_part,
-    check_stages,
-    checkpoint_cfg,
-    freeze,
-    may_be_new,
-)
-
-# Decides for the tokens of a map of this height and width: by a predictor, or as the last time.
-Decide = Callable[[Tensor, tuple[int, int], nn.Module | None, Decision | None], Decision]
+from ...utils.checkpoints import resize_bias_table, resize_pos_embed
+from ..decider import build_part
+from .sparse_backbone import StagedBackbone, checkpoint_cfg
 
 
 class SwinBlock(BaseModule):
@@ -96,168 +85,77 @@ class SwinBlock(BaseModule):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
-        self,
-        x: Tensor,
-        hw: tuple[int, int],
-        decision: Decision | None,
-        execution: str,
-        rows: WindowRows | None = None,
+        self, x: Tensor, hw: tuple[int, int], plan: Plan, rows: WindowRows | None = None
     ) -> Tensor:
-        """Return the block's output for tokens (B, N, C); without a decision it is dense.
+        """Return the block's output for tokens (B, N, C).
 
         Args:
             x: Tokens.
             hw: Height and width of the map.
-            decision: Which tokens are kept, or None.
-            execution: How a sparse block is executed.
-            rows: What attention reads if it is sparse and gathered. Defaults to None.
+            plan: Which tokens take the slow path, and how that is executed.
+            rows: What attention reads if it is for kept tokens only. Defaults to None.
         """
-        args = (x, hw, decision, execution, rows)
         if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, *args, use_reentrant=False)
-        return self._forward(*args)
+            return cp.checkpoint(self._forward, x, hw, plan, rows, use_reentrant=False)
+        return self._forward(x, hw, plan, rows)
 
     def _forward(
-        self,
-        x: Tensor,
-        hw: tuple[int, int],
-        decision: Decision | None,
-        execution: str,
-        rows: WindowRows | None,
+        self, x: Tensor, hw: tuple[int, int], plan: Plan, rows: WindowRows | None
     ) -> Tensor:
         if rows is not None:
-            return self._forward_kept(x, hw, decision, execution, rows)
-        # In training the mask and the fast path take part even at keep ratio 1: no parameter is
-        # without a gradient, and the mask of ones gives the slow path's value exactly.
-        dense = decision is None or (decision.keeps_all and not self.training)
+            return self._forward_kept(x, hw, plan, rows)
         update = self.attn(self.norm1(x), hw)
-        if self.sparse_attention and not dense:
-            update = update * decision.mask.unsqueeze(-1).to(update.dtype)
+        if self.sparse_attention and plan.mask is not None:
+            update = update * plan.mask.unsqueeze(-1).to(update.dtype)
         x = x + self.drop_path(update)
-        if dense:
-            return x + self.drop_path(self._slow_path(x))
-        if execution == 'triton':
-            slow = self.ffn.weights(self.norm2)
-            return fused_paths(x, x, slow, self.fast_path, decision)
-        gather = execution == 'gather' and gathering_pays(decision, self.fast_path)
-        return two_paths(x, x, self._slow_path, self.fast_path, decision, gather, self.drop_path)
+        paths = (self._slow_path, self.fast_path)
+        return two_paths(x, x, *paths, plan, self.drop_path, self._slow_weights)
 
-    def _forward_kept(
-        self,
-        x: Tensor,
-        hw: tuple[int, int],
-        decision: Decision,
-        execution: str,
-        rows: WindowRows,
-    ) -> Tensor:
+    def _forward_kept(self, x: Tensor, hw: tuple[int, int], plan: Plan, rows: WindowRows) -> Tensor:
         x_RC = x.flatten(0, 1)
         if rows.tokens is not None:
             with region('gather'):
                 x_RC = x_RC.index_select(0, rows.tokens)
         update_KC = self.attn(self.norm1(x_RC), hw, rows)
-        if execution == 'triton':
+        if plan.form == 'triton':
             with region('scatter'):
                 # Not index_add: static shapes may list a token twice.
-                x_PC, kept = x.flatten(0, 1), decision.kept
-                x = x_PC.index_copy(0, kept, x_PC.index_select(0, kept) + update_KC).view_as(x)
-            slow = self.ffn.weights(self.norm2)
-            return fused_paths(x, x, slow, self.fast_path, decision)
+                x_PC = x.flatten(0, 1)
+                kept_KC = x_PC.index_select(0, plan.kept) + update_KC
+                x = x_PC.index_copy(0, plan.kept, kept_KC).view_as(x)
+            paths = (self._slow_path, self.fast_path)
+            return two_paths(x, x, *paths, plan, self.drop_path, self._slow_weights)
 
         # Attention and FFN of a kept token are one update, scattered once: x_KC are all of them.
         def slow_path(x_KC: Tensor) -> Tensor:
             return update_KC + self._slow_path(x_KC + update_KC)
 
-        return two_paths(x, x, slow_path, self.fast_path, decision, True, self.drop_path)
+        return two_paths(x, x, slow_path, self.fast_path, plan, self.drop_path)
 
     def _slow_path(self, x: Tensor) -> Tensor:
         return self.ffn(self.norm2(x))
+
+    def _slow_weights(self) -> MlpWeights:
+        return self.ffn.weights(self.norm2)
 
 
 class SwinStage(BaseModule):
     """The blocks of one stage, its predictors, and the merging that follows it.
 
     Args:
-        embed_dims: Channels C.
-        depth: Number of blocks.
-        drop_path_rates: Stochastic depth of each block.
-        downsample: The merging after the stage, or None. The backbone calls it.
-        locations: Blocks before which a predictor decides.
-        predictors: What decides before them, nothing in a stage that follows.
-        fast_path: Config of the fast paths of the blocks from the first location on.
-        sparse_attention: Whether attention updates kept tokens only.
-        **block_kwargs: Further arguments of :class:`SwinBlock`.
+        blocks: The blocks.
+        predictors: What decides before some of them, nothing in a stage that follows.
     """
 
-    def __init__(
-        self,
-        embed_dims: int,
-        depth: int,
-        drop_path_rates: Sequence[float],
-        downsample: PatchMerging | None,
-        locations: Sequence[int],
-        predictors: Sequence[nn.Module],
-        fast_path: dict | None,
-        sparse_attention: bool,
-        **block_kwargs,
-    ) -> None:
+    def __init__(self, blocks: Sequence[SwinBlock], predictors: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.sparse_attention = sparse_attention
-        self.locations = tuple(locations)
-        first_sparse = min(locations, default=depth)
-        self.blocks = ModuleList(
-            SwinBlock(
-                embed_dims,
-                shift=i % 2 == 1,
-                drop_path_rate=drop_path_rates[i],
-                fast_path=fast_path if i >= first_sparse else None,
-                sparse_attention=sparse_attention,
-                **block_kwargs,
-            )
-            for i in range(depth)
-        )
+        self.blocks = ModuleList(blocks)
         self.predictors = ModuleList(predictors)
-        self.downsample = downsample
-
-    def forward(
-        self,
-        x: Tensor,
-        hw: tuple[int, int],
-        decide: Decide,
-        last: Decision | None,
-        execution: str,
-    ) -> tuple[Tensor, Decision | None]:
-        """Run the blocks.
-
-        Args:
-            x: Tokens (B, N, C).
-            hw: Height and width of the map.
-            decide: Makes a decision.
-            last: The last one that was made before, or None.
-            execution: How sparse blocks are executed.
-
-        Returns:
-            The tokens, before merging, and the last decision that was made.
-        """
-        decision, gathers, windows = None, False, {}
-        predictors = iter(self.predictors)
-        for i, block in enumerate(self.blocks):
-            if i in self.locations:
-                decision = last = decide(x, hw, next(predictors, None), last)
-                gathers = self.sparse_attention and execution != 'masked' and not decision.keeps_all
-                if gathers and decision.kept is None:
-                    decision = with_positions(decision)
-                gathers = gathers and gathering_pays(decision, block.fast_path)
-                windows = {}
-            shift = block.attn.shift(hw)
-            if gathers and shift not in windows:
-                with region('gather'):
-                    windows[shift] = block.attn.kept_rows(decision.kept, len(x), hw)
-            x = block(x, hw, decision, execution, windows.get(shift))
-        return x, last
+        self.downsample: PatchMerging | None = None
 
 
 @MODELS.register_module()
-class SparseSwinTransformer(SparseBackbone):
+class SparseSwinTransformer(StagedBackbone):
     """Swin Transformer that sends a part of its tokens through the FFNs.
 
     Args:
@@ -292,12 +190,15 @@ class SparseSwinTransformer(SparseBackbone):
         sparsity: Where and how much the model is sparse, see
             :class:`~mmdynsparse.models.sparsity.Sparsity`; None is the dense model. Defaults to
             None.
+        shift_small_maps: Whether windows are shifted on maps whose shorter side fits into one
+            window: True as in mmseg and mmdet, False as in the original Swin repository. A
+            checkpoint whose metadata names it overrules this. Defaults to True.
 
     Raises:
         ValueError: If ``sparsity``, ``strides``, ``out_indices`` or ``init_cfg`` is not valid.
     """
 
-    original: ClassVar[str] = 'SwinTransformer'
+    original = 'SwinTransformer'
     options = ('cell_size', 'follow', 'attention')
 
     def __init__(
@@ -327,14 +228,14 @@ class SparseSwinTransformer(SparseBackbone):
         frozen_stages: int = -1,
         init_cfg: dict | None = None,
         sparsity: Mapping | None = None,
+        shift_small_maps: bool = True,
     ) -> None:
-        super().__init__(sparsity, depths, checkpoint_cfg(init_cfg, pretrained))
+        cfg = checkpoint_cfg(init_cfg, pretrained)
+        super().__init__(sparsity, depths, out_indices, frozen_stages, cfg)
         if strides[0] != patch_size:
             raise ValueError(f'strides[0] must equal patch_size {patch_size}, got {strides[0]}')
-        check_stages(out_indices, frozen_stages, depths, self.sparsity)
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
         self.convert_weights = convert_weights
+        self.source = 'swin' if convert_weights else 'mmdet'
         self.use_abs_pos_embed = use_abs_pos_embed
         self.num_features = [embed_dims * 2**i for i in range(len(depths))]
         act_cfg = act_cfg or dict(type='GELU')
@@ -348,20 +249,13 @@ class SparseSwinTransformer(SparseBackbone):
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, num_patches, embed_dims))
         self.drop_after_pos = nn.Dropout(drop_rate)
 
-        drop_path = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
-        parts = self.sparsity
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(tuple(depths))
         self.stages = ModuleList()
-        for i, (dims, depth) in enumerate(zip(self.num_features, depths, strict=True)):
-            last = i == len(depths) - 1
-            stage = SwinStage(
+        for i, dims in enumerate(self.num_features):
+            stage = self._build_stage(
+                i,
                 dims,
-                depth,
-                drop_path[sum(depths[:i]) : sum(depths[: i + 1])],
-                None if last else PatchMerging(dims, 2 * dims, strides[i + 1], patch_norm_cfg),
-                self.stage_locations(i),
-                self.build_predictors(i, dims),
-                parts.fast_path if parts else None,
-                parts is not None and parts.attention,
+                rates[i].tolist(),
                 num_heads=num_heads[i],
                 feedforward_channels=int(mlp_ratio * dims),
                 window_size=window_size,
@@ -372,69 +266,78 @@ class SparseSwinTransformer(SparseBackbone):
                 qkv_bias=qkv_bias,
                 qk_scale=qk_scale,
                 attn_drop_rate=attn_drop_rate,
+                shift_small_maps=shift_small_maps,
             )
+            if i < len(depths) - 1:
+                stage.downsample = PatchMerging(dims, 2 * dims, strides[i + 1], patch_norm_cfg)
             self.stages.append(stage)
         for i in self.out_indices:
             self.add_module(f'norm{i}', build_norm_layer(norm_cfg, self.num_features[i])[1])
         self._freeze()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the maps (B, C_i, H_i, W_i) of ``out_indices`` for images (B, C, H, W).
+    def _build_stage(
+        self, i: int, dims: int, drop_path_rates: Sequence[float], **block_kwargs
+    ) -> SwinStage:
+        blocks = [
+            SwinBlock(
+                dims,
+                shift=j % 2 == 1,
+                drop_path_rate=rate,
+                fast_path=self.fast_path_cfg(i, j),
+                sparse_attention=self.sparse_attention,
+                **block_kwargs,
+            )
+            for j, rate in enumerate(drop_path_rates)
+        ]
+        return SwinStage(blocks, self.build_predictors(i, dims))
 
-        The tuple carries the decisions made on the way, and ``decisions`` holds them afterwards.
-        """
-        self.start_decisions()
+    @property
+    def sparse_attention(self) -> bool:
+        """Whether window attention, too, updates kept tokens only."""
+        return self.sparsity is not None and self.sparsity.attention
+
+    def _stem(self, x: Tensor) -> Tensor:
         x, hw = self.patch_embed(x)
         if self.use_abs_pos_embed:
             x = x + resize_pos_embed(self.absolute_pos_embed, self.pretrain_hw, hw)
-        x = self.drop_after_pos(x)
-        decision = None
-        outs = []
-        for i in range(max(self.out_indices) + 1):
-            stage = self.stages[i]
-            execution = self.execution_in(stage.training)
-            x, decision = stage(x, hw, partial(self._decide, i), decision, execution)
-            if i in self.out_indices:
-                out = getattr(self, f'norm{i}')(x)
-                outs.append(out.unflatten(1, hw).permute(0, 3, 1, 2).contiguous())
-            if i < max(self.out_indices):
-                x, hw = stage.downsample(x, hw)
-        return self.with_decisions(outs)
+        return _map(self.drop_after_pos(x), hw)
 
-    def _decide(
-        self,
-        stage: int,
-        x: Tensor,
-        hw: tuple[int, int],
-        predictor: nn.Module | None,
-        last: Decision | None,
-    ) -> Decision:
-        return self.decide(x.transpose(1, 2).unflatten(2, hw), stage, predictor, last)
+    def _downsample(self, x: Tensor, stage: int) -> Tensor:
+        return _map(*self.stages[stage - 1].downsample(_tokens(x), tuple(x.shape[2:])))
 
-    def train(self, mode: bool = True) -> 'SparseSwinTransformer':
-        """Set the training mode; frozen stages stay in eval mode, without gradients."""
-        super().train(mode)
-        self._freeze()
-        return self
+    def _run_blocks(self, x: Tensor, blocks: Sequence[SwinBlock], plan: Plan) -> Tensor:
+        hw, x, rows = tuple(x.shape[2:]), _tokens(x), {}
+        for block in blocks:
+            shift = block.attn.shift(hw)
+            if self.sparse_attention and plan.gathers and shift not in rows:
+                with region('gather'):
+                    rows[shift] = block.attn.kept_rows(plan.kept, len(x), hw)
+            x = block(x, hw, plan, rows.get(shift))
+        return _map(x, hw)
 
-    def _freeze(self) -> None:
-        if self.frozen_stages >= 0:
-            freeze(self.patch_embed)
-            self.drop_after_pos.eval()
-            if self.use_abs_pos_embed:
-                self.absolute_pos_embed.requires_grad = False
-        for i in range(self.frozen_stages):
-            freeze(self.stages[i])
-            if i in self.out_indices:
-                freeze(getattr(self, f'norm{i}'))
-        # What no output depends on never gets a gradient, which distributed training refuses.
-        last = max(self.out_indices)
-        for part in (self.stages[last].downsample, *self.stages[last + 1 :]):
-            if part is not None:
-                part.requires_grad_(False)
+    def _output(self, x: Tensor, stage: int) -> Tensor:
+        norm = getattr(self, f'norm{stage}')
+        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
-    def init_weights(self) -> None:
-        """Initialize as Swin does, then load the checkpoint of ``init_cfg`` if there is one."""
+    def _blocks(self, stage: int) -> Sequence[SwinBlock]:
+        return list(self.stages[stage].blocks)
+
+    def _predictors(self, stage: int) -> Sequence[nn.Module]:
+        return self.stages[stage].predictors
+
+    def _stem_parts(self) -> Sequence[nn.Module | nn.Parameter]:
+        position = (self.absolute_pos_embed,) if self.use_abs_pos_embed else ()
+        return (self.patch_embed, self.drop_after_pos, *position)
+
+    def _stage_parts(self, stage: int) -> Sequence[nn.Module]:
+        norms = (getattr(self, f'norm{stage}'),) if stage in self.out_indices else ()
+        return (self.stages[stage], *norms)
+
+    def _unused_parts(self) -> Sequence[nn.Module]:
+        merging = self.stages[max(self.out_indices)].downsample
+        return [*super()._unused_parts(), *((merging,) if merging is not None else ())]
+
+    def _init_parameters(self) -> None:
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 trunc_normal_init(m, std=0.02, bias=0.0)
@@ -442,23 +345,30 @@ class SparseSwinTransformer(SparseBackbone):
                 constant_init(m, val=1.0, bias=0.0)
         if self.use_abs_pos_embed:
             trunc_normal_(self.absolute_pos_embed, std=0.02)
-        if self.init_cfg is None:
-            print_log(f'{type(self).__name__} starts from random weights', logger='current')
-            return
-        source = 'swin' if self.convert_weights else 'mmdet'
-        load_pretrained(self, self.init_cfg['checkpoint'], source, may_be_new)
-        # ``convert_weights`` is mmdet's, and mmdet shifts the windows of small maps.
-        if self.convert_weights:
-            self._shift_small_maps(True)
 
-    def _shift_small_maps(self, shift: bool) -> None:
+    def init_weights(self) -> None:
+        """Initialize as Swin does, then load the checkpoint of ``init_cfg`` if there is one."""
+        shift = self.shift_small_maps
+        super().init_weights()
+        # ``convert_weights`` is mmdet's, which takes the weights and shifts as it is told.
+        if self.convert_weights:
+            self.shift_small_maps = shift
+
+    @property
+    def shift_small_maps(self) -> bool:
+        """Whether windows are shifted on maps whose shorter side fits into one window."""
+        return self.stages[0].blocks[0].attn.shift_small_maps
+
+    @shift_small_maps.setter
+    def shift_small_maps(self, shift: bool) -> None:
         for m in self.modules():
             if isinstance(m, ShiftWindowMSA):
                 m.shift_small_maps = shift
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         """Fit a checkpoint of another window or image size."""
-        self._shift_small_maps(local_metadata.get('shift_small_maps', True))
+        if 'shift_small_maps' in local_metadata:
+            self.shift_small_maps = local_metadata['shift_small_maps']
         own = {prefix + k: v for k, v in self.state_dict().items()}
         for name in [k for k in state_dict if k.startswith(prefix)]:
             if name not in own or state_dict[name].shape == own[name].shape:
@@ -477,5 +387,14 @@ class SparseSwinTransformer(SparseBackbone):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, '_metadata'):
-            shift = self.stages[0].blocks[0].attn.shift_small_maps
-            destination._metadata[prefix[:-1]]['shift_small_maps'] = shift
+            destination._metadata[prefix[:-1]]['shift_small_maps'] = self.shift_small_maps
+
+
+def _tokens(x_BCHW: Tensor) -> Tensor:
+    """Return the tokens (B, N, C) of a map, a view where it is channels last in memory."""
+    return x_BCHW.flatten(2).transpose(1, 2)
+
+
+def _map(x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Return the map (B, C, H, W) of tokens, a view that is channels last in memory."""
+    return x_BNC.transpose(1, 2).unflatten(2, hw)

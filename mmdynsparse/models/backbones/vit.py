@@ -8,7 +8,6 @@ are those of ``VisionTransformer`` in mmsegmentation 1.x; what is added are ``pr
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 import torch.utils.checkpoint as cp
@@ -22,20 +21,18 @@ from torch import Tensor, nn
 
 from ...layers import FFN, PatchEmbed, TokenMSA
 from ...ops import (
-    FIXED_BUDGET,
     Decision,
     TokenSubset,
+    form_of,
     keep_all,
-    num_kept,
     put_tokens,
-    sample_decision,
-    select_decision,
+    region,
     take_tokens,
     token_subset,
 )
 from ...registry import MODELS
-from ...utils.checkpoint import load_pretrained, resize_pos_embed
-from .sparse_backbone import SparseBackbone, build_part, checkpoint_cfg, may_be_new
+from ...utils.checkpoints import resize_pos_embed
+from .sparse_backbone import SparseBackbone, checkpoint_cfg
 
 
 class TransformerEncoderLayer(BaseModule):
@@ -155,7 +152,8 @@ class SparseVisionTransformer(SparseBackbone):
         ValueError: If an argument is outside its range.
     """
 
-    original: ClassVar[str] = 'VisionTransformer'
+    original = 'VisionTransformer'
+    source = 'mmseg'
     executions = ('gather', 'masked')
     options = ()
 
@@ -193,11 +191,16 @@ class SparseVisionTransformer(SparseBackbone):
         sparsity: Mapping | None = None,
         reactivate: bool = False,
     ) -> None:
-        if sparsity is not None:
-            places = tuple(num_layers * i // 4 for i in (1, 2, 3))
-            sparsity = dict(locations={0: places}, schedule='power', fast_path=None) | sparsity
+        super().__init__(
+            sparsity,
+            (num_layers,),
+            checkpoint_cfg(init_cfg, pretrained),
+            falling=not reactivate,
+            locations={0: tuple(num_layers * i // 4 for i in (1, 2, 3))},
+            schedule='power',
+            fast_path=None,
+        )
         self.reactivate = reactivate
-        super().__init__(sparsity, (num_layers,), checkpoint_cfg(init_cfg, pretrained))
         norm_cfg = norm_cfg or dict(type='LN')
         act_cfg = act_cfg or dict(type='GELU')
         if patch_pad != 'corner':
@@ -239,24 +242,8 @@ class SparseVisionTransformer(SparseBackbone):
             for rate in torch.linspace(0, drop_path_rate, num_layers).tolist()
         )
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1] if final_norm else None
-        self.predictors = ModuleList(
-            build_part(self.sparsity.predictor, embed_dims) for _ in self.stage_locations(0)
-        )
+        self.predictors = ModuleList(self.build_predictors(0, embed_dims))
         self._freeze()
-
-    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
-        """Change the keep ratios, shares of all tokens, of the built model.
-
-        Raises:
-            ValueError: As in the base class, or if ratios rise without ``reactivate``.
-        """
-        ratios = [] if self.sparsity is None else self.sparsity.resolve(keep_ratio)
-        if not self.reactivate and ratios != sorted(ratios, reverse=True):
-            raise ValueError(
-                'keep_ratio must not rise from one predictor to the next without reactivate, '
-                f'got {ratios}'
-            )
-        super().set_keep_ratio(keep_ratio)
 
     def forward(self, x: Tensor) -> tuple:
         """Return the maps (B, C, H, W) of ``out_indices`` for images (B, C, H, W).
@@ -264,24 +251,23 @@ class SparseVisionTransformer(SparseBackbone):
         With ``output_cls_token`` each is a list of the map and the class token (B, C). The tuple
         carries the decisions made on the way, and ``decisions`` holds them afterwards.
         """
-        self.start_decisions()
         whole, hw = self._embed(x)
         outs = [self._output(whole, hw)] if self.out_origin else []
-        locations = self.stage_locations(0)
-        gather = self.execution_in(self.training) == 'gather'
+        locations, decisions = self.stage_locations(0), []
         tokens, subset, policy = whole, None, None
         for i in range(max(self.out_indices) + 1):
             if i in locations:
                 whole = tokens if subset is None else put_tokens(whole, tokens, subset)
-                predictor = self.predictors[locations.index(i)]
-                tokens, subset, policy = self._drop(whole, hw, predictor, subset, gather)
+                index = locations.index(i)
+                decisions.append(self._decide(whole, hw, index, decisions, subset))
+                tokens, subset, policy = self._drop(whole, decisions[-1])
             if tokens.shape[1] > 0:
                 tokens = self.layers[i](tokens, policy, None if subset is None else subset.valid)
             if i in self.out_indices:
                 out = tokens if subset is None else put_tokens(whole, tokens, subset)
                 last = i == len(self.layers) - 1
                 outs.append(self._output(self.ln1(out) if last and self.ln1 else out, hw))
-        return self.with_decisions(outs)
+        return self._finish(outs, decisions)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x, hw = self.patch_embed(x)
@@ -292,42 +278,37 @@ class SparseVisionTransformer(SparseBackbone):
         x = x if self.with_cls_token else x[:, 1:]
         return (x if self.ln_pre is None else self.ln_pre(x)), hw
 
-    def _drop(
+    def _decide(
         self,
         whole_BTC: Tensor,
         hw: tuple[int, int],
-        predictor: nn.Module,
+        index: int,
+        decisions: Sequence[Decision],
         subset: TokenSubset | None,
-        gather: bool,
+    ) -> Decision:
+        """Decide among the tokens that are still kept, or with ``reactivate`` among all."""
+        if self.decider.keeps_all(index, learns=self.training):
+            return keep_all(len(whole_BTC), hw, whole_BTC.device)
+        among_BN = decisions[index - 1].mask if index and not self.reactivate else None
+        with region('predictor'):
+            log_probs = self._score(whole_BTC, self.predictors[index], among_BN, subset)
+        return self.decider.decide(
+            log_probs, hw, index=index, sample=self.training, among_BN=among_BN
+        )
+
+    def _drop(
+        self, whole_BTC: Tensor, decision: Decision
     ) -> tuple[Tensor, TokenSubset | None, Tensor | None]:
-        """Decide, and return the tokens that go on with their places or their policy."""
-        ratio = self.keep_ratios[len(self.decisions)]
-        if ratio >= 1 and not self.training:
-            self.decisions.append(keep_all(whole_BTC[:, self.with_cls_token :], hw))
+        """Return the tokens that go on after a decision, with their places or their policy."""
+        form = form_of(decision, self.execution, learns=self.training)
+        if form == 'dense':
             return whole_BTC, None, None
-        among_BN = None
-        if self.decisions and not self.reactivate:
-            among_BN = self.decisions[-1].mask
-        log_probs = self._score(whole_BTC, predictor, among_BN, subset)
-        selector = self.sparsity.selector
-        if among_BN is not None and (not self.training or selector == 'random'):
-            log_probs = log_probs.masked_fill(among_BN.unsqueeze(-1) == 0, -torch.inf)
-        if self.training:
-            decision = sample_decision(
-                log_probs, hw, ratio, self.temperature, selector, extra=self.extra_kept
-            )
-            if among_BN is not None:
-                decision = Decision(decision.mask * among_BN, *decision[1:])
-        else:
-            decision = select_decision(log_probs, hw, ratio, selector, gather=False)
-        self.decisions.append(decision)
         # The class token is always kept.
-        mask_BT = nn.functional.pad(decision.mask, (int(self.with_cls_token), 0), value=1.0)
-        if not gather:
+        first = int(self.with_cls_token)
+        mask_BT = nn.functional.pad(decision.mask, (first, 0), value=1.0)
+        if form == 'masked':
             return whole_BTC, None, mask_BT
-        fixed = not self.training and selector in FIXED_BUDGET
-        n = decision.mask.shape[1]
-        count = num_kept(n, ratio) + int(self.with_cls_token) if fixed else None
+        count = None if decision.count is None else decision.count + first
         subset = token_subset(mask_BT.detach(), count)
         return take_tokens(whole_BTC, subset), subset, None
 
@@ -354,8 +335,7 @@ class SparseVisionTransformer(SparseBackbone):
         out = tokens.transpose(1, 2).unflatten(2, hw).contiguous()
         return [out, x_BTC[:, 0]] if self.output_cls_token else out
 
-    def init_weights(self) -> None:
-        """Initialize as mmseg does, then load the checkpoint of ``init_cfg`` if there is one."""
+    def _init_parameters(self) -> None:
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
         for name, m in self.named_modules():
@@ -367,8 +347,6 @@ class SparseVisionTransformer(SparseBackbone):
                 kaiming_init(m, mode='fan_in', bias=0.0)
             elif isinstance(m, nn.LayerNorm):
                 constant_init(m, val=1.0, bias=0.0)
-        if self.init_cfg is not None:
-            load_pretrained(self, self.init_cfg['checkpoint'], 'mmseg', may_be_new)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Fit the position embedding of another image size, and leave out unused parameters.

@@ -8,6 +8,7 @@ finest map (stride 4), h x w the next one (stride 8), K kept cells of g x g posi
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -15,25 +16,24 @@ import torch.nn.functional as F
 from mmseg.models.decode_heads import UPerHead
 from torch import Tensor
 
+from ...layers.cell_conv import KeptCells, channels_last, kept_cells
 from ...layers.conv_module import check_conv_modules, conv_module, norm_act
 from ...ops import (
-    CellRows,
     Decision,
+    Plan,
     cell_grid,
     cell_mask,
     cell_means,
-    cell_rows,
     cell_table,
     enlarge_rows,
     region,
     sparse_table,
     table_map,
-    take_tiles,
     tile_rows,
-    with_positions,
 )
 from ...registry import MODELS
-from ..decider import CellSparsity, Decider
+from ..decider import Decider
+from ..sparsity import CellSparsity
 
 
 class Coarse(NamedTuple):
@@ -62,8 +62,8 @@ class SparseUPerHead(UPerHead):
 
     *Resolution.* The fusion convolution over the concatenated levels is a sum of convolutions,
     one for each level. Those of the enlarged levels are computed at their own resolution and
-    their results are enlarged. It needs no weights and no training. At keep ratio 1.0 of the
-    second lever the head is mmseg's, in training too, and this one is not used either.
+    their results are enlarged. It needs no weights and no training. ``resolution`` alone decides
+    about it, whatever the keep ratio of the second lever.
 
     *Location.* The convolutions at stride 4 (those of the first level and its share of the
     fusion) run in kept cells. Elsewhere the head predicts at stride 8, from the first level at
@@ -74,7 +74,7 @@ class SparseUPerHead(UPerHead):
     Args:
         sparsity: None for the dense head, or a dict: ``resolution``, whether the first lever is
             used (True by default), and the arguments of
-            :class:`~mmdynsparse.models.decider.CellSparsity`, which turn on the second one if
+            :class:`~mmdynsparse.models.sparsity.CellSparsity`, which turn on the second one if
             ``keep_ratio`` is among them; without ``predictor`` the entropy decides, and with
             'backbone' the scores that come with the feature maps of a sparse backbone. Defaults
             to None.
@@ -89,6 +89,8 @@ class SparseUPerHead(UPerHead):
 
     def __init__(self, sparsity: Mapping | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
+        if not isinstance(sparsity, Mapping | None):
+            raise ValueError(f'sparsity must be None or a dict, got {sparsity!r}')
         options = dict(sparsity or {})
         self.resolution = options.pop('resolution', sparsity is not None)
         if not isinstance(self.resolution, bool):
@@ -112,16 +114,19 @@ class SparseUPerHead(UPerHead):
             return super().forward(inputs)
         maps = self._transform_inputs(inputs)
         hw = tuple(maps[0].shape[2:])
-        decision = self.decider.known(inputs, hw, self.cell_size)
-        if decision is not None and decision.keeps_all:
-            return self.cls_seg(super()._forward_feature(inputs))
-        maps = [self._in_memory(x) for x in maps]
-        _check_sizes(maps)
-        coarse = self._coarse(maps[0], self._laterals(maps))
+        decision = self.decider.decide_early(inputs, hw)
+        if decision is None or not decision.keeps_all:
+            maps = [self._in_memory(x) for x in maps]
+            _check_sizes(maps)
+            coarse = self._coarse(maps[0], self._laterals(maps))
         if decision is None:
             decision = self._decide(coarse, hw)
-        if self.decider.gathers:
-            return self._in_cells(maps[0], coarse, decision)
+        self.decider([decision])
+        if decision.keeps_all and not decision.mask.requires_grad:
+            return self.cls_seg(self._forward_feature(inputs))
+        plan = self.decider.plan(decision)
+        if plan.gathers:
+            return self._in_cells(maps[0], coarse, plan)
         return self._masked(maps[0], coarse, decision)
 
     def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -136,7 +141,7 @@ class SparseUPerHead(UPerHead):
         return self._finish(self._share(0, first) + self._enlarge(rest, first))
 
     def _in_memory(self, x: Tensor) -> Tensor:
-        return x if self.training else x.contiguous(memory_format=torch.channels_last)
+        return x if self.training else channels_last(x)
 
     def _laterals(self, maps: list[Tensor]) -> list[Tensor]:
         """Top-down path from the last level to the second one, which comes first."""
@@ -191,8 +196,9 @@ class SparseUPerHead(UPerHead):
     def _decide(self, coarse: Coarse, hw: tuple[int, int]) -> Decision:
         grid = cell_grid(hw, self.cell_size)
         if self.decider.predictor is None:
-            return self.decider(self._cells(_entropy(coarse.logits), grid).log(), grid)
-        return self.decider(self._cells(coarse.features, grid), grid)
+            log_probs = self._cells(_entropy(coarse.logits), grid).log()
+            return self.decider.decide(log_probs, hw, self.cell_size)
+        return self.decider.predict(self._cells(coarse.features, grid), hw, self.cell_size)
 
     def _cells(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Mean of each cell over a map at stride 8, (B, N, C)."""
@@ -213,68 +219,53 @@ class SparseUPerHead(UPerHead):
         if not self.training:
             # In training the fusion's batch statistics shall be those of the fine path alone.
             first = first * mask + self._enlarge(coarse.fine_in, x) * (1 - mask)
-        if self.resolution and not decision.keeps_all:
+        if self.resolution:
             features = self._finish(self._share(0, first) + self._enlarge(coarse.rest, x))
         else:
             outs = [self._enlarge(out, x) for out in coarse.outs]
             features = self.fpn_bottleneck(torch.cat([first, *outs], dim=1))
         return self.cls_seg(features) * mask + self._enlarge(coarse.logits, x) * (1 - mask)
 
-    def _in_cells(self, x: Tensor, coarse: Coarse, decision: Decision) -> Tensor:
+    def _in_cells(self, x: Tensor, coarse: Coarse, plan: Plan) -> Tensor:
         """Compute the fine path in the kept cells alone."""
         logits = self._enlarge(coarse.logits, x)
-        if decision.kept is None:
-            decision = with_positions(decision)
-        if len(decision.kept) == 0:
+        if len(plan.kept) == 0:
             return logits
-        batch, hw = len(x), tuple(x.shape[2:])
         with region('gather'):
-            rows = cell_rows(decision.kept, batch, hw, self.cell_size, halo=1)
+            cells = kept_cells(plan, x)
             table = cell_table(logits)
         with region('slow path'):
-            first = self._first_in_cells(x, coarse, rows)
-            features = self._fuse_in_cells(first, coarse, rows, hw)
+            first = self._first_in_cells(x, coarse, cells)
+            features = self._fuse_in_cells(first, coarse, cells, tuple(x.shape[2:]))
             kept = tile_rows(self.cls_seg(features))
         with region('scatter'):
-            table.index_copy_(0, rows.inner, kept)
-        return table_map(table, batch, hw)
+            table.index_copy_(0, cells.rows.inner, kept)
+        return table_map(table, len(x), tuple(x.shape[2:]))
 
-    def _first_in_cells(self, x: Tensor, coarse: Coarse, rows: CellRows) -> Tensor:
-        """Return a table of the first level's outputs, filled where ``rows.tile`` reads it."""
+    def _first_in_cells(self, x: Tensor, coarse: Coarse, cells: KeptCells) -> Tensor:
+        """Return a table of the first level's outputs, filled where the tiles read it."""
         hw, size = tuple(x.shape[2:]), x.shape[0] * x.shape[2] * x.shape[3]
-        with region('gather'):
-            near = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).index_select(0, rows.near)
-        # As one image of R x 1 positions: R images of one position are several times slower.
-        near = near.view(1, -1, 1, near.shape[1]).permute(0, 3, 1, 2)
-        near = conv_module(self.lateral_convs[0], near)
-        # One more row, of zeros, for the padding; in place, because another table of this size
-        # costs page faults.
-        laterals = self._rows(coarse.lateral, F.pad(rows.near, (0, 1)), hw)
-        laterals[:-1] += tile_rows(near)
-        laterals[-1].zero_()
-        tiles = self._tiles(laterals, rows.tile_of_near)
+        enlarged = partial(self._rows, coarse.lateral, hw=hw)
+        tiles = cells.lateral_tiles(x, self.lateral_convs[0], enlarged)
         kept = tile_rows(conv_module(self.fpn_convs[0], tiles, padding=0))
-        first = sparse_table(self._rows(coarse.fine_in, rows.near, hw), rows.near, size)
-        first.index_copy_(0, rows.inner, kept)
+        near = cells.rows.near
+        first = sparse_table(self._rows(coarse.fine_in, near, hw), near, size)
+        first.index_copy_(0, cells.rows.inner, kept)
         return first
 
     def _fuse_in_cells(
-        self, first: Tensor, coarse: Coarse, rows: CellRows, hw: tuple[int, int]
+        self, first: Tensor, coarse: Coarse, cells: KeptCells, hw: tuple[int, int]
     ) -> Tensor:
         """Return the fused features of the kept cells, (K, C, g, g)."""
-        total = self._share(0, self._tiles(first, rows.tile), padding=0)
+        total, rows = self._share(0, cells.tiles_of_table(first), padding=0), cells.rows
         if self.resolution:
             rest = self._rows(coarse.rest, rows.inner, hw)
             rest = rest.view(len(total), self.cell_size, self.cell_size, -1)
             return self._finish(total + rest.permute(0, 3, 1, 2))
         for level, out in enumerate(coarse.outs, 1):
             table = sparse_table(self._rows(out, rows.near, hw), rows.near, len(first) - 2)
-            total += self._share(level, self._tiles(table, rows.tile), padding=0)
+            total += self._share(level, cells.tiles_of_table(table), padding=0)
         return self._finish(total)
-
-    def _tiles(self, table: Tensor, rows_R: Tensor) -> Tensor:
-        with region('gather'):
-            return take_tiles(table, rows_R, self.cell_size + 2)
 
     def _rows(self, x: Tensor, rows_R: Tensor, hw: tuple[int, int]) -> Tensor:
         with region('gather'):

@@ -14,21 +14,21 @@ from mmdet.models.dense_heads import RPNHead
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from ...layers.cell_conv import check_half_size, kept_cells
 from ...ops import (
     Decision,
-    cell_grid,
+    Plan,
     cell_mask,
     cell_means,
-    cell_rows,
-    cell_table,
+    keep_all,
     linear,
     region,
     table_map,
-    take_tiles,
     tile_rows,
 )
 from ...registry import MODELS
-from ..decider import CellSparsity, Decider
+from ..decider import Decider
+from ..sparsity import CellSparsity
 
 SPARSE_LEVELS = 2
 # Logit of a dropped location in training: low enough to propose nothing that matters, and finite,
@@ -45,7 +45,7 @@ class SparseRPNHead(RPNHead):
     Args:
         sparsity: ``dict()`` for the decision that the features of a ``SparseFPN`` carry; or
             arguments of
-            :class:`~mmdynsparse.models.decider.CellSparsity` for a decision of the head's own,
+            :class:`~mmdynsparse.models.sparsity.CellSparsity` for a decision of the head's own,
             by default with a ``mmdynsparse.CellPredictor`` on the second level. None is the
             dense head. Defaults to None.
         **kwargs: Arguments of mmdet's ``RPNHead``.
@@ -59,79 +59,81 @@ class SparseRPNHead(RPNHead):
 
     def __init__(self, sparsity: Mapping | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.is_sparse = sparsity is not None
         self.decider = None
-        if self.is_sparse and (self.num_convs != 1 or not self.use_sigmoid_cls):
+        if sparsity is None:
+            return
+        if self.num_convs != 1 or not self.use_sigmoid_cls:
             raise ValueError(
                 'a sparse RPN head must have num_convs 1 and a loss_cls with use_sigmoid, '
                 f'got num_convs {self.num_convs}, use_sigmoid {self.use_sigmoid_cls}'
             )
-        if sparsity:
-            predictor = dict(type='mmdynsparse.CellPredictor')
-            cells = CellSparsity.from_cfg(dict(predictor=predictor) | dict(sparsity))
-            if not isinstance(cells.predictor, Mapping):
-                raise ValueError(
-                    'sparsity.predictor must be a config in an RPN head, '
-                    f'got {cells.predictor!r}; the decision of a SparseFPN takes sparsity=dict()'
-                )
-            self.cell_size = cells.cell_size
-            self.decider = Decider(cells, self.in_channels)
+        if sparsity == {}:
+            self.decider = Decider(None)
+            return
+        predictor = dict(type='mmdynsparse.CellPredictor')
+        cells = CellSparsity.from_cfg(sparsity, predictor=predictor)
+        if not isinstance(cells.predictor, Mapping):
+            raise ValueError(
+                'sparsity.predictor must be a config in an RPN head, '
+                f'got {cells.predictor!r}; the decision of a SparseFPN takes sparsity=dict()'
+            )
+        self.cell_size = cells.cell_size
+        self.decider = Decider(cells, self.in_channels)
 
     def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return class scores (B, A, H_i, W_i) and box deltas (B, 4 A, H_i, W_i) of all levels."""
-        if not self.is_sparse:
+        if self.decider is None:
             return super().forward(x)
         if len(x) < SPARSE_LEVELS:
             raise ValueError(
                 f'a sparse RPN head needs maps of at least {SPARSE_LEVELS} levels, got {len(x)}'
             )
-        decision, size = self._decide(x)
-        if decision.keeps_all and not self.training:
+        plan = self.decider.plan(self._decide(x))
+        if plan.form == 'dense':
             return super().forward(x)
-        outs = [self._sparse_level(x[i], decision, size >> i) for i in range(SPARSE_LEVELS)]
+        outs = [self._sparse_level(x[i], plan, i) for i in range(SPARSE_LEVELS)]
         outs += [self.forward_single(level) for level in x[SPARSE_LEVELS:]]
         scores, deltas = zip(*outs, strict=True)
         return list(scores), list(deltas)
 
-    def _decide(self, x: Sequence[Tensor]) -> tuple[Decision, int]:
-        """Return the decision and the side of its cells in the first map."""
-        if self.decider is None:
-            # A backbone's decisions, which have no cell size, are not about these maps.
-            size = getattr(x, 'cell_size', None)
-            if size is None:
+    def _decide(self, x: Sequence[Tensor]) -> Decision:
+        """Return the neck's decision, or make one."""
+        hw = tuple(x[0].shape[2:])
+        if not self.decider.keep_ratios:
+            decisions = getattr(x, 'decisions', ())
+            # A backbone's decisions are not about these maps.
+            if not decisions or decisions[-1].hw != hw or decisions[-1].cell_size % 2:
                 raise ValueError(
                     'sparsity=dict() of an RPN head needs feature maps that carry a decision, from '
                     'a sparse SparseFPN and with no neck in between that leaves it behind, got a '
                     f'{type(x).__name__} of maps without; keep_ratio makes it decide by itself'
                 )
-            return x.decisions[-1], size
-        grid = cell_grid(tuple(x[0].shape[2:]), self.cell_size)
-        if self.decider.keeps_all:
-            return self.decider.keep_all(x[0], grid), self.cell_size
-        cells_BNC = cell_means(x[1], self.cell_size // 2)
-        if cells_BNC.shape[1] != grid[0] * grid[1]:
-            raise ValueError(
-                'the second map of a sparse RPN head must have half the height and width of the '
-                f'first, got {tuple(x[1].shape[2:])} for {tuple(x[0].shape[2:])}'
-            )
-        return self.decider(cells_BNC, grid), self.cell_size
+            return decisions[-1]
+        if self.decider.keeps_all(learns=self.training):
+            decision = keep_all(len(x[0]), hw, x[0].device, self.cell_size)
+        else:
+            check_half_size('RPN head', hw, tuple(x[1].shape[2:]), self.cell_size)
+            cells_BNC = cell_means(x[1], self.cell_size // 2)
+            decision = self.decider.predict(cells_BNC, hw, self.cell_size)
+        self.decider([decision])
+        return decision
 
-    def _sparse_level(self, x: Tensor, decision: Decision, size: int) -> tuple[Tensor, Tensor]:
+    def _sparse_level(self, x: Tensor, plan: Plan, level: int) -> tuple[Tensor, Tensor]:
         """Return scores and deltas of a level, for which dropped locations propose nothing."""
-        if not self.training and decision.kept is not None:
-            return self._in_cells(x, decision, size)
+        if plan.gathers:
+            return self._in_cells(x, plan, level)
         score, delta = self.forward_single(x)
-        mask = cell_mask(decision.mask, tuple(x.shape[2:]), size).to(score.dtype)
+        size = plan.decision.cell_size >> level
+        mask = cell_mask(plan.decision.mask, tuple(x.shape[2:]), size).to(score.dtype)
         if not self.training:
             return score.masked_fill(mask == 0, -torch.inf), delta * mask
         return score * mask + DROPPED_LOGIT * (1 - mask), delta * mask
 
-    def _in_cells(self, x: Tensor, decision: Decision, size: int) -> tuple[Tensor, Tensor]:
+    def _in_cells(self, x: Tensor, plan: Plan, level: int) -> tuple[Tensor, Tensor]:
         batch, hw = len(x), tuple(x.shape[2:])
         anchors, outs = self.rpn_cls.out_channels, self.rpn_reg.out_channels
-        with region('gather'):
-            rows = cell_rows(decision.kept, batch, hw, size, halo=1)
-            tiles = take_tiles(cell_table(x), rows.tile, size + 2)
+        cells = kept_cells(plan, x, level)
+        tiles = cells.tiles_of_map(x)
         with region('slow path'):
             tiles = F.conv2d(tiles, self.rpn_conv.weight, self.rpn_conv.bias)
             kept = F.relu(tile_rows(tiles))
@@ -141,7 +143,7 @@ class SparseRPNHead(RPNHead):
             # Of the convolution's dtype, which autocast may have chosen.
             table = kept[0].new_zeros(batch * hw[0] * hw[1] + 2, anchors + outs)
             table[:, :anchors] = -torch.inf
-            table.index_copy_(0, rows.inner, torch.cat(kept, dim=1))
+            table.index_copy_(0, cells.rows.inner, torch.cat(kept, dim=1))
         score, delta = table_map(table, batch, hw).split((anchors, outs), dim=1)
         return score, delta
 
@@ -152,7 +154,7 @@ class SparseRPNHead(RPNHead):
 
     def _bbox_post_process(self, results: InstanceData, *args, **kwargs) -> InstanceData:
         """Leave out what dropped locations would propose, then go on as ``RPNHead``."""
-        if self.is_sparse:
+        if self.decider is not None:
             scores = results.scores
             # Float16 and bfloat16 round a score by up to 0.4%.
             dropped = scores.new_tensor(DROPPED_LOGIT if self.training else -torch.inf).sigmoid()

@@ -6,7 +6,8 @@ whose arguments and state-dict names it has. What is sparse is our own, after Ra
 R rows (see ``ops.cells``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,24 +15,14 @@ import torch.nn.functional as F
 from mmdet.models.necks import FPN
 from torch import Tensor
 
+from ...layers.cell_conv import channels_last, check_half_size, kept_cells
 from ...layers.conv_module import check_conv_modules, conv_module
-from ...ops import (
-    Decision,
-    cell_grid,
-    cell_mask,
-    cell_means,
-    cell_rows,
-    cell_table,
-    put_tiles,
-    region,
-    take_tiles,
-    tile_rows,
-    with_positions,
-)
+from ...ops import Decision, Plan, cell_mask, cell_means, put_tiles, region
 from ...ops.caching import cached
 from ...registry import MODELS
-from ..decider import CellSparsity, Decider
+from ..decider import Decider
 from ..features import with_decisions
+from ..sparsity import CellSparsity
 
 SPARSE_LEVELS = 2
 
@@ -47,7 +38,7 @@ class SparseFPN(FPN):
     the decision, which a ``SparseRPNHead`` may use as well.
 
     Args:
-        sparsity: Arguments of :class:`~mmdynsparse.models.decider.CellSparsity`; by default the
+        sparsity: Arguments of :class:`~mmdynsparse.models.sparsity.CellSparsity`; by default the
             predictor is a ``mmdynsparse.CellPredictor``. None is the dense neck. Defaults to
             None.
         **kwargs: Arguments of mmdet's ``FPN``.
@@ -65,7 +56,7 @@ class SparseFPN(FPN):
         if sparsity is None:
             return
         predictor = dict(type='mmdynsparse.CellPredictor')
-        cells = CellSparsity.from_cfg(dict(predictor=predictor) | dict(sparsity))
+        cells = CellSparsity.from_cfg(sparsity, predictor=predictor)
         check_conv_modules(self, 'conv_cfg and norm_cfg')
         if len(self.lateral_convs) <= SPARSE_LEVELS:
             raise ValueError(
@@ -98,20 +89,23 @@ class SparseFPN(FPN):
             )
         maps = inputs[self.start_level : self.backbone_end_level]
         hw = tuple(maps[0].shape[2:])
-        decision = self.decider.known(inputs, hw, self.cell_size)
+        decision = self.decider.decide_early(inputs, hw)
         if decision is not None and decision.keeps_all:
-            outs = (x.contiguous() for x in super().forward(inputs))
-            return with_decisions(outs, [decision], self.cell_size)
+            return self._finish((x.contiguous() for x in super().forward(inputs)), decision)
         laterals = self._laterals(maps)
-        _check_sizes(hw, tuple(laterals[0].shape[2:]), self.cell_size)
+        check_half_size('FPN', hw, tuple(laterals[0].shape[2:]), self.cell_size)
         if decision is None:
             cells_BNC = cell_means(laterals[0], self.cell_size // 2)
-            decision = self.decider(cells_BNC, cell_grid(hw, self.cell_size))
+            decision = self.decider.predict(cells_BNC, hw, self.cell_size)
+        plan = self.decider.plan(decision)
         outs = self._coarse_outs(laterals[1:])
-        outs.insert(0, self._out(1, laterals[0], None, outs[0], decision))
-        outs.insert(0, self._out(0, maps[0], laterals[0], outs[0], decision))
-        outs = self._with_extra(outs, inputs, laterals)
-        return with_decisions(outs, [decision], self.cell_size)
+        outs.insert(0, self._out(1, laterals[0], None, outs[0], plan))
+        outs.insert(0, self._out(0, maps[0], laterals[0], outs[0], plan))
+        return self._finish(self._with_extra(outs, inputs, laterals), decision)
+
+    def _finish(self, maps: Iterable[Tensor], decision: Decision) -> tuple[Tensor, ...]:
+        self.decider([decision])
+        return with_decisions(maps, [decision])
 
     def _laterals(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Lateral maps of the second level (which comes first) and of the coarser ones."""
@@ -122,7 +116,7 @@ class SparseFPN(FPN):
         return laterals
 
     def _in_memory(self, x: Tensor) -> Tensor:
-        return x if self.training else x.contiguous(memory_format=torch.channels_last)
+        return x if self.training else channels_last(x)
 
     def _coarse_outs(self, laterals: list[Tensor]) -> list[Tensor]:
         convs = self.fpn_convs[SPARSE_LEVELS : len(self.lateral_convs)]
@@ -130,7 +124,7 @@ class SparseFPN(FPN):
         return [conv_module(conv, x).contiguous() for conv, x in pairs]
 
     def _out(
-        self, level: int, x: Tensor, coarse: Tensor | None, light: Tensor, decision: Decision
+        self, level: int, x: Tensor, coarse: Tensor | None, light: Tensor, plan: Plan
     ) -> Tensor:
         """Return the output of a sparse level.
 
@@ -139,65 +133,36 @@ class SparseFPN(FPN):
             x: The level's lateral map, or where ``coarse`` is given the map it is computed from.
             coarse: Lateral map of the next level, whose enlargement is added to this one's.
             light: Output of the next level.
-            decision: Which cells are kept.
+            plan: Which cells are kept, and how that is executed.
         """
+        if plan.gathers:
+            return self._in_cells(level, x, coarse, light, plan)
         hw = tuple(x.shape[2:])
-        size = self.cell_size >> level
-        if self.decider.gathers:
-            return self._in_cells(level, x, coarse, light, decision, size)
         if coarse is not None:
             x = conv_module(self.lateral_convs[level], x) + F.interpolate(coarse, hw)
         x = conv_module(self.fpn_convs[level], x)
-        mask = cell_mask(decision.mask, hw, size).to(x.dtype)
+        mask = cell_mask(plan.decision.mask, hw, self.cell_size >> level).to(x.dtype)
         return (x * mask + F.interpolate(light, hw) * (1 - mask)).contiguous()
 
     def _in_cells(
-        self,
-        level: int,
-        x: Tensor,
-        coarse: Tensor | None,
-        light: Tensor,
-        decision: Decision,
-        size: int,
+        self, level: int, x: Tensor, coarse: Tensor | None, light: Tensor, plan: Plan
     ) -> Tensor:
-        batch, hw = len(x), tuple(x.shape[2:])
-        if decision.kept is None:
-            decision = with_positions(decision)
-        if len(decision.kept) == 0:
+        hw = tuple(x.shape[2:])
+        if len(plan.kept) == 0:
             return F.interpolate(light, hw)
-        with region('gather'):
-            rows = cell_rows(decision.kept, batch, hw, size, halo=1)
+        cells = kept_cells(plan, x, level)
         if coarse is None:
-            with region('gather'):
-                tiles = take_tiles(cell_table(x), rows.tile, size + 2)
+            tiles = cells.tiles_of_map(x)
         else:
-            near = self._lateral_rows(level, x, coarse, rows.near)
-            with region('gather'):
-                tiles = take_tiles(near, rows.tile_of_near, size + 2)
+            tiles = cells.lateral_tiles(
+                x, self.lateral_convs[level], partial(_enlarged_rows, coarse, hw)
+            )
         with region('slow path'):
             tiles = conv_module(self.fpn_convs[level], tiles, padding=0)
         with region('scatter'):
             # Not enlarged before: the rows of above take as much memory, which is free by now.
             light = F.interpolate(light, hw)
-            return put_tiles(light, decision.kept, tiles.to(light.dtype))
-
-    def _lateral_rows(self, level: int, x: Tensor, coarse: Tensor, rows_R: Tensor) -> Tensor:
-        """Return chosen rows of a level's lateral map and one of zeros, (R + 1, C)."""
-        hw = tuple(x.shape[2:])
-        with region('gather'):
-            near = self._in_memory(x).permute(0, 2, 3, 1).flatten(0, 2).index_select(0, rows_R)
-        with region('slow path'):
-            # As one image of R x 1 positions: R images of one position are several times slower.
-            near = near.view(1, -1, 1, near.shape[1]).permute(0, 3, 1, 2)
-            near = tile_rows(conv_module(self.lateral_convs[level], near))
-        with region('gather'):
-            sources = _nearest_rows(len(x), hw, tuple(coarse.shape[2:]), x.device)
-            sources = F.pad(sources.index_select(0, rows_R), (0, 1))
-            rows = coarse.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sources)
-            # In place: another table of this size costs page faults.
-            rows[:-1] += near
-            rows[-1].zero_()
-            return rows
+            return put_tiles(light, plan.kept, tiles.to(light.dtype))
 
     def _with_extra(
         self, outs: list[Tensor], inputs: Sequence[Tensor], laterals: list[Tensor]
@@ -221,12 +186,10 @@ class SparseFPN(FPN):
         return tuple(outs)
 
 
-def _check_sizes(first: tuple[int, int], second: tuple[int, int], cell_size: int) -> None:
-    if cell_grid(second, cell_size // 2) != cell_grid(first, cell_size):
-        raise ValueError(
-            'the second map of a sparse FPN must have half the height and width of the first, '
-            f'got {second} for {first}'
-        )
+def _enlarged_rows(x_BCHW: Tensor, hw: tuple[int, int], rows_R: Tensor) -> Tensor:
+    """Return chosen rows of a map, enlarged to ``hw`` by copying the nearest, (R, C)."""
+    sources = _nearest_rows(len(x_BCHW), hw, tuple(x_BCHW.shape[2:]), x_BCHW.device)
+    return x_BCHW.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sources[rows_R])
 
 
 @cached

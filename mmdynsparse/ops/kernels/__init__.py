@@ -10,9 +10,12 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
+import torch
+from torch import Tensor
+
 from .arguments import LinearWeights, MlpWeights
 
-__all__ = ['LinearWeights', 'MlpWeights', 'get_kernel']
+__all__ = ['LinearWeights', 'MlpWeights', 'fused_paths', 'get_kernel']
 
 # The module of each kernel, which has its name.
 _MODULES = {'sparse_mlp': 'triton_mlp', 'cell_conv': 'triton_conv'}
@@ -35,3 +38,31 @@ def get_kernel(name: str) -> Callable:
             f"{name} needs Triton, which is not installed; use execution 'gather' without it"
         )
     return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
+
+
+def fused_paths(
+    x_PC: Tensor,
+    residual_PC: Tensor,
+    kept_K: Tensor,
+    dropped_M: Tensor,
+    slow: MlpWeights,
+    fast_path: object | None,
+) -> Tensor:
+    """Run ``sparse_mlp`` on a module as fast path; under autocast its products are in that dtype.
+
+    Raises:
+        ValueError: If the fast path is not None and has no method ``weights`` for the kernel.
+    """
+    if fast_path is not None and not hasattr(fast_path, 'weights'):
+        raise ValueError(
+            "the fast path must be LinearFastPath or None with execution 'triton', "
+            f'got {type(fast_path).__name__}'
+        )
+    fast = None if fast_path is None else fast_path.weights()
+    if torch.is_autocast_enabled(x_PC.device.type):
+        dtype = torch.get_autocast_dtype(x_PC.device.type)
+        slow = slow._replace(weight1=slow.weight1.to(dtype), weight2=slow.weight2.to(dtype))
+        fast = fast and fast._replace(weight=fast.weight.to(dtype))
+    if slow.gamma is not None:  # its dtype makes the sum float32, as in torch
+        residual_PC = residual_PC.to(torch.promote_types(residual_PC.dtype, slow.gamma.dtype))
+    return get_kernel('sparse_mlp')(x_PC, residual_PC, kept_K, dropped_M, slow, fast)

@@ -1,14 +1,17 @@
+from copy import deepcopy
 from typing import ClassVar
 
 import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
 
 from mmdynsparse.engine import DistillationHook
 from mmdynsparse.engine import teacher as teacher_module
-from mmdynsparse.utils.cpu import BFloat16OptimWrapper
+from mmdynsparse.utils.command_line.cpu import BFloat16OptimWrapper
 
 FEATURES = dict(seg={'backbone': 0.5, 'decode_head.fpn_bottleneck': 2.0}, det=dict(neck=0.5))
 LOSSES = dict(
@@ -97,6 +100,36 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(task, start, tiny):
     assert model.backbone.patch_embed.projection.weight.grad.abs().max() > 0
 
 
+def test_tokens_of_a_vision_transformer(start, tiny):
+    """As published: of the last map, where the last decision keeps."""
+    cfg = tiny.config('seg')
+    cfg.backbone = dict(
+        type='mmdynsparse.SparseVisionTransformer',
+        img_size=64,
+        embed_dims=16,
+        num_layers=4,
+        num_heads=2,
+        out_indices=(1, 3),
+        sparsity=dict(keep_ratio=0.7),
+    )
+    head = dict(in_channels=16, in_index=1, channels=8, num_convs=1, num_classes=2)
+    cfg.decode_head = dict(head, type='FCNHead', loss_decode=cfg.decode_head.loss_decode)
+    init_default_scope('mmseg')
+    features = dict(backbone=dict(weight=[0, 0.5], kept_only=True))
+    model, hook = start('seg', MODELS.build(cfg), logit_weight=0, features=features)
+    perturb(model)
+    outs = []
+    for part in (model, hook._teacher):
+        part.backbone.register_forward_hook(lambda m, args, out: outs.append(out))
+    losses = losses_of(tiny, model, 'seg', (0, 2))
+    student, teacher = outs
+    error = (student[1] - teacher[1]).square().mean(1).flatten(1)
+    kept = [mask > 0 for mask in student.decisions[-1].mask]
+    assert all(0 < mask.sum() < len(mask) for mask in kept)
+    means = [error[i, mask].mean() for i, mask in enumerate(kept)]
+    torch.testing.assert_close(losses['loss_distill_backbone'], 0.5 * sum(means) / 2)
+
+
 def perturb(model):
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
@@ -167,7 +200,7 @@ def test_a_module_that_runs_once_for_each_level(with_cp, start, tiny):
     errors = [(s - t).square().mean() for s, t in zip(*levels, strict=True)]
     torch.testing.assert_close(losses['loss_distill_rpn_head_rpn_conv'], sum(errors) / 5)
     losses['loss_distill_rpn_head_rpn_conv'].backward()
-    assert not hook._taps[0].calls
+    assert not hook._student_calls.stop()
 
 
 def test_images_of_another_dtype_than_the_teacher(start, tiny):
@@ -252,12 +285,85 @@ def test_training(task, tmp_path, tiny):
     assert hook._teacher is None
 
 
+def replaced(model):
+    return [name for name, module in model.named_modules() if 'forward' in vars(module)]
+
+
+@pytest.mark.parametrize('task', ['seg', 'det'])
+def test_a_copy_made_between_iterations_runs_its_own_weights(task, tmp_path, tiny):
+    """As that of a hook which averages weights."""
+    hook = DistillationHook(features=FEATURES[task])
+    differences = []
+
+    def copy(runner, *args, **kwargs):
+        assert not replaced(runner.model) and not replaced(hook._teacher)
+        model = deepcopy(runner.model).eval()
+        image = torch.ones(1, 3, 64, 64)
+        before = model.extract_feat(image)[0]
+        perturb(model)
+        differences.append((model.extract_feat(image)[0] - before).abs().max())
+
+    hook.after_train_iter = copy
+    make_runner(tiny, tmp_path, task, hook).train()
+    assert len(differences) == 2 and min(differences) > 1e-3
+
+
+def test_a_forward_that_fails_leaves_nothing_behind(start, tiny):
+    model, hook = start('seg')
+    before = distilled(losses_of(tiny, model.eval(), 'seg'))
+    failing = model.decode_head.register_forward_pre_hook(lambda *args: 1 / 0)
+    model.decode_head.loss = lambda feats, *args: model.decode_head(feats)
+    with pytest.raises(ZeroDivisionError):
+        losses_of(tiny, model, 'seg')
+    assert not replaced(model) and not hook._student_calls.stop()
+    failing.remove()
+    del model.decode_head.loss
+    assert distilled(losses_of(tiny, model, 'seg')) == before
+
+
+def compiled(model):
+    model.backbone.compile(backend='eager')
+
+
+def checkpointed(model):
+    turn_on_activation_checkpointing(model, ['backbone', 'decode_head'])
+
+
+@torch.compiler.set_stance('force_eager')  # faster; what a call runs is the same
+@pytest.mark.parametrize('change', [compiled, checkpointed])
+def test_a_copy_of_the_student_keeps_its_weights(change, start, tiny):
+    """Also of one whose calls, compiled or replaced by others, are bound to the student."""
+    model = tiny.build('seg')
+    change(model)
+    model, _ = start('seg', model)
+    model.eval().backbone.set_keep_ratio(1.0)
+    same = distilled(losses_of(tiny, model, 'seg'))
+    assert all(value < 1e-6 for value in same.values())
+    perturb(model)
+    assert all(value > 1e-4 for value in distilled(losses_of(tiny, model, 'seg')).values())
+
+
+@pytest.mark.slow
+def test_a_compiled_student_is_compiled_once(start, tiny):
+    torch._dynamo.reset()
+    small = dict(depths=(1, 1, 1, 1), sparsity=dict(keep_ratio=0.5, locations={2: (0,)}))
+    model, backend = tiny.build('seg', **small), CompileCounterWithBackend('eager')
+    model.backbone.compile(backend=backend)
+    model, _ = start('seg', model)
+    counts = []
+    for i in range(3):
+        losses = losses_of(tiny, model, 'seg', (2 * i, 2 * i + 1))
+        counts.append(backend.frame_count)
+    assert losses['loss_distill_backbone'] > 0
+    assert counts[0] == counts[2], counts
+
+
 def test_no_loss_outside_of_training(start):
     model, hook = start('seg')
     model.eval()
     inputs = torch.randn(1, 3, 64, 64)
     assert isinstance(model(inputs, mode='tensor'), torch.Tensor)
-    assert not hook._taps[0].calls and not hook._taps[1].calls
+    assert not hook._student_calls.stop() and not hook._teacher_calls.stop()
 
 
 def test_ignored_pixels_teach_nothing(start, tiny):
@@ -366,6 +472,20 @@ def test_a_random_teacher_is_warned_of(start, warnings_of):
         (dict(logit_weight=0, features=dict(neck=0.0)), r"above 0, got 0 and {'neck': 0.0}; leave"),
         (dict(logit_weight=0, features={}), 'logit_weight or a weight in features must be above 0'),
         (dict(temperature=0), 'temperature must be above 0, got 0'),
+        (dict(features=dict(neck='1')), r"features\['neck'\] must be at least 0, got '1'"),
+        (dict(features=dict(neck=float('nan'))), r"features\['neck'\] must be at least 0, got nan"),
+        (dict(features=dict(neck=[0, -1])), r'must be at least 0 for each map, got \[0, -1\]'),
+        (dict(features=dict(neck=[])), r'must be at least 0 for each map, got \[\]'),
+        (dict(features=dict(neck=(0.5, None))), r'at least 0 for each map, got \(0.5, None\)'),
+        (
+            dict(logit_weight=0, features=dict(neck=[0, 0])),
+            r'above 0, got 0 and .*\[0, 0\]',
+        ),
+        (dict(features=dict(neck={})), r"features\['neck'\] takes weight and .*, got {}"),
+        (dict(features=dict(neck=dict(weight=1, kept=1))), r"\['neck'\] takes weight and .*'kept'"),
+        (dict(features=dict(neck=dict(weight=-1))), r"features\['neck'\].weight must be .* got -1"),
+        (dict(features=dict(neck=dict(weight=1, kept_only=1))), 'must be True or False, got 1'),
+        (dict(features=dict(neck=dict(weight=dict(weight=1)))), "at least 0, got {'weight': 1}"),
     ],
 )
 def test_bad_arguments(arguments, match):
@@ -384,6 +504,25 @@ def test_bad_module_names(name, match, tmp_path, tiny):
     hook = DistillationHook(features={name: 1.0})
     with pytest.raises(ValueError, match=match):
         make_runner(tiny, tmp_path, 'seg', hook).train()
+
+
+@pytest.mark.parametrize(
+    'features, match',
+    [
+        (dict(backbone=[0.5]), r"features\['backbone'\] must have a weight for each of 4 maps"),
+        (
+            dict(decode_head=dict(weight=1, kept_only=True)),
+            r"kept_only must .*\['decode_head'\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_the_maps(features, match, tmp_path, tiny):
+    """They are an error before the first iteration."""
+    hook, begun = DistillationHook(features=features), []
+    hook.before_train_iter = lambda *args, **kwargs: begun.append(args)
+    with pytest.raises(ValueError, match=match):
+        make_runner(tiny, tmp_path, 'seg', hook).train()
+    assert not begun
 
 
 def _other(tiny, **changes):

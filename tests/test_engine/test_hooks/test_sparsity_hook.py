@@ -10,7 +10,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mmdynsparse.engine import SparsityHook
+from mmdynsparse.engine import SparsityHook, run_checks
 from mmdynsparse.engine.hooks import sparsity_hook
 from mmdynsparse.engine.hooks.sparsity_hook import KeepRateMeter, collapse, sparsity_losses
 from mmdynsparse.models import SparseSwinTransformer
@@ -128,7 +128,7 @@ def test_a_head_that_follows_does_not_weaken_the_loss(tmp_path):
     model.decider = Decider(CellSparsity(keep_ratio=0.5, predictor='backbone'), 8)
 
     def decide(module, args, maps):
-        model.decider.known(maps, (16, 16), 8)
+        model.decider([model.decider.decide_early(maps, (16, 16))])
 
     model.backbone.register_forward_hook(decide)
     hook = SparsityHook(weight=8, per_image=False)
@@ -147,7 +147,7 @@ def test_training_logs_losses_and_rates(tmp_path):
         assert line['loss'] == pytest.approx(line['loss_task'] + line['loss_keep_ratio'], rel=1e-4)
         assert all(0 <= line[f'keep_rate_{i}'] <= 1 for i in range(3))
     backbone = runner.model.backbone
-    assert not backbone.has_ratio_loss and not runner.model._forward_hooks
+    assert not backbone.decider.has_ratio_loss and not runner.model._forward_hooks
 
 
 def test_validation_and_test_log_the_measured_rates(tmp_path):
@@ -224,7 +224,7 @@ def test_collapse(rate, target, expected):
 
 def test_meter_averages_over_images_of_all_forwards():
     model = Model(selector='threshold').backbone.eval()
-    meter = KeepRateMeter([model])
+    meter = KeepRateMeter([model.decider])
     rates = []
     with torch.no_grad():
         for batch in (1, 3):
@@ -268,6 +268,17 @@ def test_checkpoint_of_another_backbone(tmp_path):
             run(tmp_path, load_from=str(tmp_path / f'{name}.pth'))
 
 
+def test_resume_with_other_keep_ratios_is_warned_of(training, warnings_of):
+    texts = warnings_of(run_checks)
+    training(iters=2)
+    training(iters=3, resume=True)
+    assert not texts
+    model = training.__globals__['Model'](keep_ratio=0.9)
+    training(iters=4, resume=True, model=model)
+    (text,) = texts
+    assert '[0.7, 0.5, 0.3]' in text and '[0.9, 0.7, 0.5]' in text
+
+
 def test_model_without_sparse_backbone_is_refused(tmp_path):
     model = Model()
     model.backbone = torch.nn.Conv2d(3, 1, 3)
@@ -277,9 +288,7 @@ def test_model_without_sparse_backbone_is_refused(tmp_path):
 
 def test_resume_continues_the_loss_curve(tmp_path, monkeypatch):
     # The noise is drawn anew after a resume, so the comparison is without it.
-    monkeypatch.setattr(
-        select.F, 'gumbel_softmax', lambda logits, tau, dim: (logits / tau).softmax(dim)
-    )
+    monkeypatch.setattr(select.F, 'gumbel_softmax', lambda logits, dim: logits.softmax(dim))
     full = [line for line in scalars(run(tmp_path / 'full', iters=6)) if 'loss' in line]
     run(tmp_path / 'halves', iters=4)
     rest = run(tmp_path / 'halves', iters=6, resume=True)

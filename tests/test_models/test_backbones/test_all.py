@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
+from mmdynsparse.layers import LowRankFastPath
 from mmdynsparse.models.backbones import SparseBackbone
 from mmdynsparse.ops import SELECTORS
 from mmdynsparse.registry import MODELS as OWN_MODELS
@@ -166,17 +167,6 @@ def test_stages_may_share_a_decision(build, cell_size):
     assert grad.abs().max() > 0
 
 
-def test_training_may_keep_everything(build):
-    """As a KeepRatioSchedule begins: the ratios stay, and inference is at them."""
-    model = build()
-    model.extra_kept = 1.0
-    model.train()(torch.randn(2, 3, 160, 160))
-    assert all(d.mask.min() == d.ratio == 1 for d in model.decisions)
-    model.eval()(torch.randn(2, 3, 160, 160))
-    assert [d.ratio for d in model.decisions] == model.keep_ratios
-    assert all(d.mask.mean() < 1 for d in model.decisions)
-
-
 def test_keep_ratio_changes_on_the_built_model(build):
     model = build()
     x = torch.randn(2, 3, 160, 160)
@@ -258,9 +248,43 @@ def test_copies_and_pickles_after_training(build):
     x = torch.randn(1, 3, 64, 64)
     model.train()(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.decisions == []
+        assert twin.decisions == ()
         with torch.no_grad():
             assert max_diff(model.eval()(x), twin.eval()(x)) == 0
+
+
+def test_a_copy_of_a_compiled_backbone_runs_its_own_weights(build):
+    model = build()
+    model.compile(backend='eager')
+    torch._dynamo.reset()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        twin = copy.deepcopy(model)
+        for p in model.parameters():
+            p.zero_()
+        assert max_diff(twin(x), before) <= 1e-5
+        assert max_diff(model(x), before) > 1e-2
+
+
+@pytest.mark.parametrize('sparsity', [0.7, [0.7], 'sparse'])
+def test_sparsity_is_a_dict(build, sparsity):
+    cfg = {k: v for k, v in BACKBONES[build.family].items() if k != 'sparsity'}
+    with pytest.raises(ValueError, match='sparsity must be None or a dict with the keys'):
+        MODELS.build(dict(cfg, type=f'mmdynsparse.{build.family}', sparsity=sparsity))
+
+
+def test_parts_start_as_they_say(build):
+    """A light branch starts at zero, whatever a family does with its linear layers."""
+    if build.family == 'SparseVisionTransformer':
+        return  # it has no paths
+    model = build(sparsity=dict(fast_path=dict(type='mmdynsparse.LowRankFastPath', reduction=4)))
+    model.init_weights()
+    paths = [m for m in model.modules() if isinstance(m, LowRankFastPath)]
+    assert paths
+    for path in paths:
+        assert path.fc2.weight.abs().max() == path.fc2.bias.abs().max() == 0
+        assert path.fc1.weight.abs().max() > 0
 
 
 def test_bfloat16(build):
@@ -297,7 +321,7 @@ def test_nan_input_is_refused_at_inference(build):
 
 def test_training_without_ratio_loss_warns_once(build, monkeypatch):
     messages = []
-    target = 'mmdynsparse.models.backbones.sparse_backbone.print_log'
+    target = 'mmdynsparse.models.decider.print_log'
     monkeypatch.setattr(target, lambda text, **kwargs: messages.append(text))
     model = build().train()
     for _ in range(2):

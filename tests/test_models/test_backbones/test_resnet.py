@@ -280,9 +280,12 @@ def test_dense_parts_and_sparse_stages():
     assert [d.mask.mean() < 1 for d in model.decisions] == [True, False, False]
     assert max_diff(*outs) <= 1e-5
     model.set_keep_ratio([0.3, 1.0, 1.0])
-    with pytest.raises(ValueError, match=r'stage 2 must have .* got ModulatedDeformConv2dPack'):
-        model.set_keep_ratio([0.3, 0.5, 1.0])
-    assert model.keep_ratios == [0.3, 1.0, 1.0]
+    model(torch.randn(1, 3, 64, 64))
+    model.set_keep_ratio([0.3, 0.5, 1.0])
+    for execution in ('masked', 'gather'):
+        model.execution = execution
+        with pytest.raises(ValueError, match=r'stage 2 must have .* got ModulatedDeformConv2dPack'):
+            model(torch.randn(1, 3, 64, 64))
 
 
 def test_parts_keep_their_own_start():

@@ -281,7 +281,8 @@ def test_execution_is_checked(tiny_swin):
 def test_decisions_for_cells(tiny_swin, randomize):
     model = sparse(tiny_swin, randomize, sparsity=dict(SPARSE, cell_size=(7, 7, 4, 1)))
     model(torch.randn(2, 3, 160, 190))
-    assert [d.hw for d in model.decisions] == [(3, 3)] * 3
+    assert [d.grid for d in model.decisions] == [(3, 3)] * 3
+    assert [d.hw for d in model.decisions] == [(10, 12)] * 3
     kept = [d.mask.sum(1).tolist() for d in model.decisions]
     assert kept == [[int(9 * r)] * 2 for r in (0.7, 0.5, 0.3)]
 
@@ -317,7 +318,21 @@ def test_frozen_stages_select(frozen, sampled, tiny_swin, randomize):
     options = dict(locations={0: (0,), 3: (0,)}, follow=(3,), keep_ratio=0.5)
     model = sparse(tiny_swin, randomize, sparsity=options, frozen_stages=frozen).train()
     model(torch.randn(1, 3, 64, 64))
-    assert [d.kept is None for d in model.decisions] == sampled
+    assert [d.count is None for d in model.decisions] == sampled
+
+
+def test_small_maps_are_shifted_as_the_model_says_unless_the_checkpoint_does(tiny_swin):
+    def shifts(model):
+        return {block.attn.shift_small_maps for stage in model.stages for block in stage.blocks}
+
+    model = SparseSwinTransformer(**tiny_swin, shift_small_maps=False)
+    shifted = SparseSwinTransformer(**tiny_swin)
+    assert shifts(model) == {False} and shifts(shifted) == {True}
+    model.load_state_dict(dict(shifted.state_dict()))
+    model.load_state_dict({}, strict=False)
+    assert shifts(model) == {False}
+    model.load_state_dict(shifted.state_dict())
+    assert shifts(model) == {True} and model.shift_small_maps
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -335,7 +350,7 @@ def test_frozen_stages(frozen, tiny_swin):
         assert part.training == (i > frozen)
     assert model(torch.randn(1, 3, 64, 64))[-1].requires_grad
     # A frozen stage selects as at inference, gathered.
-    selected = [d.kept is not None and not d.mask.requires_grad for d in model.decisions]
+    selected = [d.count is not None and not d.mask.requires_grad for d in model.decisions]
     assert selected == [frozen == 3] * 3
 
 

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdynsparse.models.decider import Decider
 from mmdynsparse.ops import Decision
@@ -73,12 +74,10 @@ def run(head, inputs, execution='gather'):
 def force(monkeypatch, masks):
     """Make heads decide for the given masks (B, N)."""
 
-    def forward(self, x_BNC, hw):
-        decision = Decision(masks, torch.zeros_like(masks), hw, 0.5)
-        self.decisions = [decision]
-        return decision
+    def decide(self, scores, hw, cell_size):
+        return Decision(masks, torch.zeros_like(masks), hw, 0.5, cell_size)
 
-    monkeypatch.setattr(Decider, 'forward', forward)
+    monkeypatch.setattr(Decider, 'decide', decide)
 
 
 @pytest.mark.parametrize('hw', [(32, 32), (27, 38)])
@@ -89,9 +88,8 @@ def force(monkeypatch, masks):
         dict(resolution=False),
         dict(resolution=False, keep_ratio=1.0),
         dict(resolution=False, keep_ratio=1.0, predictor=PREDICTOR),
-        dict(keep_ratio=1.0),
     ],
-    ids=['none', 'levers off', 'everything kept', 'predictor', 'everything kept, by level too'],
+    ids=['none', 'levers off', 'everything kept', 'predictor'],
 )
 def test_is_the_dense_head(sparsity, hw):
     """Without levers, and with everything kept, the head is mmseg's."""
@@ -99,6 +97,24 @@ def test_is_the_dense_head(sparsity, hw):
         head = build(sparsity, **kwargs)
         expected = dense_of(head, **kwargs)(maps(hw))
         torch.testing.assert_close(run(head, maps(hw)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('hw', [(32, 32), (27, 38)])
+def test_resolution_alone_decides_about_the_levels(hw):
+    """Whatever the keep ratio: from 0.99 to 1.0 neither function nor speed change."""
+    head = build(dict(keep_ratio=1.0))
+    by_level = build(dict())
+    by_level.load_state_dict(head.state_dict())
+    torch.testing.assert_close(run(head, maps(hw)), run(by_level, maps(hw)))
+    dense = dense_of(head)(maps(hw))
+    assert (run(head, maps(hw)) - dense).abs().max() > 1e-3
+    with FlopCounterMode(display=False) as counter:
+        run(head, maps(hw))
+    at_one = counter.get_total_flops()
+    head.decider.set_keep_ratio(0.99)
+    with FlopCounterMode(display=False) as counter:
+        run(head, maps(hw))
+    assert counter.get_total_flops() < 1.5 * at_one
 
 
 def test_everything_kept_in_cells_is_dense(monkeypatch):
@@ -113,7 +129,8 @@ def test_everything_kept_in_cells_is_dense(monkeypatch):
 
 def test_training_at_ratio_one_is_dense():
     """While a schedule keeps everything, the logits are mmseg's, and the predictor learns."""
-    head = build(dict(keep_ratio=1.0, predictor=PREDICTOR), dropout_ratio=0).train()
+    sparsity = dict(keep_ratio=1.0, predictor=PREDICTOR, resolution=False)
+    head = build(sparsity, dropout_ratio=0).train()
     dense = dense_of(head, dropout_ratio=0).train()
     actual, expected = head(maps()), dense(maps())
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
@@ -235,7 +252,7 @@ def test_checkpoints():
     assert not keys.unexpected_keys
     assert {key.split('.')[0] for key in keys.missing_keys} == {'decider'}
     run(head, maps())
-    assert deepcopy(head).decider.decisions == []
+    assert deepcopy(head).decider.decisions == ()
 
 
 @pytest.mark.parametrize('resolution', [True, False])

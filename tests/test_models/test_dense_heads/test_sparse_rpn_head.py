@@ -7,7 +7,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.structures import InstanceData
 
 from mmdynsparse.models.features import Features
-from mmdynsparse.ops import Decision, with_positions
+from mmdynsparse.ops import Decision
 
 pytest.importorskip('mmdet')
 
@@ -62,12 +62,17 @@ def dense_of(head):
     return dense
 
 
-def features(ratio=0.5, gather=True):
+def features(ratio=0.5):
     """Maps with the decision that keeps the left half of the first image, nothing of the other."""
     masks = torch.zeros(2, 4, 4)
     masks[0, :, :2] = 1
-    decision = Decision(masks.flatten(1), torch.zeros(2, 16), (4, 4), ratio)
-    return Features(maps(), [with_positions(decision) if gather else decision], 8)
+    decision = Decision(masks.flatten(1), torch.zeros(2, 16), (32, 32), ratio, 8)
+    return Features(maps(), [decision])
+
+
+def run(head, x, execution='gather'):
+    head.decider.execution = execution
+    return head(x)
 
 
 def close(actual, expected):
@@ -87,7 +92,9 @@ def test_dense():
     close(head(maps()), dense_of(head)(maps()))
 
 
-@pytest.mark.parametrize('x', [maps(), Features(maps(), features().decisions)])
+@pytest.mark.parametrize(
+    'x', [maps(), Features(maps(), [features().decisions[0]._replace(hw=(16, 16), cell_size=4)])]
+)
 def test_features_without_a_decision_for_their_cells(x):
     with pytest.raises(ValueError, match='SparseFPN'):
         build({})(x)
@@ -97,7 +104,7 @@ def test_features_without_a_decision_for_their_cells(x):
 def test_decision_of_the_neck():
     """Kept locations are dense, others propose nothing; both executions agree."""
     head = build({})
-    gathered, masked = head(features()), head(features(gather=False))
+    gathered, masked = run(head, features()), run(head, features(), 'masked')
     close(gathered, masked)
     dense = dense_of(head)(maps())
     for level, (out, expected) in enumerate(zip(gathered[0], dense[0], strict=True)):
@@ -112,10 +119,9 @@ def test_decision_of_the_neck():
 @torch.no_grad()
 def test_nothing_kept():
     """The two finest levels propose nothing at all."""
-    nothing = with_positions(Decision(torch.zeros(2, 16), torch.zeros(2, 16), (4, 4), 0.5))
-    gathered, masked = (
-        build({})(Features(maps(), [d], 8)) for d in (nothing, nothing._replace(kept=None))
-    )
+    nothing = Decision(torch.zeros(2, 16), torch.zeros(2, 16), (32, 32), 0.5, 8)
+    x = Features(maps(), [nothing])
+    gathered, masked = (run(build({}), x, execution) for execution in ('gather', 'masked'))
     close(gathered, masked)
     assert all(score.eq(-torch.inf).all() for score in gathered[0][:2])
 
@@ -126,7 +132,7 @@ def test_decision_of_its_own(hw):
     head = build(dict(keep_ratio=0.25, predictor=dict(type='mmdynsparse.CellPredictor')))
     gathered = head(maps(hw))
     (decision,) = head.decider.decisions
-    cells = decision.hw[0] * decision.hw[1]
+    cells = decision.grid[0] * decision.grid[1]
     assert decision.mask.sum(1).tolist() == [cells // 4] * 2
     head.decider.execution = 'masked'
     close(gathered, head(maps(hw)))
@@ -139,7 +145,7 @@ def test_mixed_precision():
     """Under autocast all levels have one dtype, and both executions agree."""
     head = build({})
     with torch.autocast('cpu', torch.bfloat16):
-        gathered, masked = head(features()), head(features(gather=False))
+        gathered, masked = run(head, features()), run(head, features(), 'masked')
     assert {x.dtype for part in gathered + masked for x in part} == {torch.bfloat16}
     for one, other in zip(gathered, masked, strict=True):
         for a, b in zip(one, other, strict=True):
@@ -178,9 +184,9 @@ def test_proposals(training):
 def test_an_object_that_is_missed_raises_the_mask():
     """The loss tells the mask to keep the location of an object."""
     head = build({}).train()
-    x = features(gather=False)
+    x = features()
     mask = x.decisions[0].mask.clone().requires_grad_()
-    x = Features(tuple(x), [x.decisions[0]._replace(mask=mask)], 8)
+    x = Features(tuple(x), [x.decisions[0]._replace(mask=mask)])
     # Of the size of an anchor of the finest level, in the dropped right half.
     boxes = torch.tensor([[84.0, 52.0, 116.0, 84.0]])
     gt = InstanceData(bboxes=boxes, labels=torch.zeros(1, dtype=torch.long))
@@ -197,10 +203,10 @@ def test_losses_of_a_validation_are_those_of_training():
         bboxes=torch.tensor([[84.0, 52.0, 116.0, 84.0]]), labels=torch.zeros(1).long()
     )
     losses = []
-    for training, gather in ((True, False), (False, False), (False, True)):
+    for training, execution in ((True, 'gather'), (False, 'masked'), (False, 'gather')):
         head = build({}).train(training)
         torch.manual_seed(0)  # anchors are sampled
-        out = head.loss_by_feat(*head(features(gather=gather)), [gt, gt], [META, META])
+        out = head.loss_by_feat(*run(head, features(), execution), [gt, gt], [META, META])
         losses.append(torch.stack([torch.stack(value).sum() for value in out.values()]))
     assert losses[0].isfinite().all()
     torch.testing.assert_close(losses[1], losses[0])

@@ -56,10 +56,10 @@ def run(neck, inputs, execution='gather'):
 
 
 def force(monkeypatch, masks):
-    def forward(self, x_BNC, hw):
-        return Decision(masks, torch.zeros_like(masks), hw, 0.5)
+    def predict(self, cells_BNC, hw, cell_size):
+        return Decision(masks, torch.zeros_like(masks), hw, 0.5, cell_size)
 
-    monkeypatch.setattr(Decider, 'forward', forward)
+    monkeypatch.setattr(Decider, 'predict', predict)
 
 
 def close(actual, expected):

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from ...ops import relative_position_index
+from ....ops import relative_position_index
 from .common import StateDict, add_output_norms, predictor_renames, rename
 
 RENAMES = (

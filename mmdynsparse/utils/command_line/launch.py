@@ -1,111 +1,17 @@
-"""What the command line tools share: arguments, config, resume, errors and the runner."""
+"""What a run is started from: config, checkpoint to resume, and the runner."""
 
 import argparse
 import gc
 import os
 import os.path as osp
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib import import_module
-from typing import NoReturn
 
 import torch.distributed as dist
-from mmengine.config import Config, DictAction
-from mmengine.hooks import Hook
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 EXTRAS = {'mmseg': 'seg', 'mmdet': 'det'}
-
-
-class ToolParser(argparse.ArgumentParser):
-    """Argument parser that reports a wrong command line in one line.
-
-    Args:
-        description: What the tool does, for ``--help``.
-    """
-
-    def __init__(self, description: str) -> None:
-        super().__init__(description=description)
-
-    def add_run_arguments(self) -> None:
-        """Adds the arguments that training and testing have in common."""
-        self.add_argument('--work-dir', help='folder of logs, checkpoints and metrics')
-        self.add_cfg_options()
-        self.add_argument(
-            '--launcher', choices=LAUNCHERS, default='none', help='how the processes are started'
-        )
-        # torch.distributed.launch of torch < 2.0 passes the first spelling, later ones the second.
-        self.add_argument('--local_rank', '--local-rank', type=int, default=0)
-
-    def add_cfg_options(self) -> None:
-        """Adds the argument that overrides entries of the config."""
-        self.add_argument(
-            '--cfg-options',
-            nargs='+',
-            action=DictAction,
-            metavar='KEY=VALUE',
-            help='override entries of the config, e.g. model.backbone.sparsity.keep_ratio=0.5; '
-            'lists are written key="[a,b]" or key=a,b, without white space',
-        )
-
-    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parses the command line; a wrong one ends the process with exit code 2.
-
-        Args:
-            argv: The arguments. Defaults to None, the arguments of the process.
-
-        Returns:
-            The parsed arguments.
-        """
-        try:
-            return self.parse_args(argv)
-        except ValueError as error:
-            self.error(f'argument --cfg-options: expected KEY=VALUE pairs ({error})')
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the process with one line instead of argparse's usage text."""
-        self.exit(2, f'{self.prog}: error: {message}\n')
-
-
-class _EpochBegan(Hook):
-    """Remembers whether a run has come to its first epoch."""
-
-    def __init__(self) -> None:
-        self.began = False
-
-    def before_train_epoch(self, runner: Runner) -> None:
-        self.began = True
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        self.began = True
-
-
-@contextmanager
-def one_line_errors(runner: Runner | None = None) -> Iterator[None]:
-    """Turns a ``ValueError`` about the user's input into one line on stderr and exit code 1.
-
-    Subclasses such as ``UnicodeDecodeError`` come out of libraries, where the traceback is needed,
-    and pass through like any other exception.
-
-    Args:
-        runner: The runner that trains or tests within the context. From its first epoch on, when
-            hooks and optimizer have accepted their settings, errors pass through. Defaults to
-            None.
-    """
-    epoch = _EpochBegan()
-    if runner is not None:
-        runner.register_hook(epoch, priority='LOWEST')
-    try:
-        yield
-    except ValueError as error:
-        if type(error) is not ValueError or epoch.began:
-            raise
-        program = osp.basename(sys.argv[0])
-        print(f'{program}: error: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
 
 
 def load_config(args: argparse.Namespace) -> Config:

@@ -1,21 +1,58 @@
-"""What the analysis tools share: arguments, and the models that they name."""
+"""Arguments of the tools and what they accept."""
 
 import argparse
 import os
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
-
-from ..utils.input_checks import check_weights, read_checkpoint
-from ..utils.launch import ToolParser, load_config
-from .dense import Pair, build_pair, share_weights
-from .model_parts import patch_size, to_device
+from mmengine.config import DictAction
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+
+
+class ToolParser(argparse.ArgumentParser):
+    """Argument parser that reports a wrong command line in one line."""
+
+    def add_run_arguments(self) -> None:
+        """Adds the arguments that training and testing have in common."""
+        self.add_argument('--work-dir', help='folder of logs, checkpoints and metrics')
+        self.add_cfg_options()
+        self.add_argument(
+            '--launcher', choices=LAUNCHERS, default='none', help='how the processes are started'
+        )
+        # torch.distributed.launch of torch < 2.0 passes the first spelling, later ones the second.
+        self.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+    def add_cfg_options(self) -> None:
+        """Adds the argument that overrides entries of the config."""
+        self.add_argument(
+            '--cfg-options',
+            nargs='+',
+            action=DictAction,
+            metavar='KEY=VALUE',
+            help='override entries of the config, e.g. model.backbone.sparsity.keep_ratio=0.5; '
+            'lists are written key="[a,b]" or key=a,b, without white space',
+        )
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parses the command line; a wrong one ends the process with exit code 2.
+
+        Args:
+            argv: The arguments. Defaults to None, the arguments of the process.
+
+        Returns:
+            The parsed arguments.
+        """
+        try:
+            return self.parse_args(argv)
+        except ValueError as error:
+            self.error(f'argument --cfg-options: expected KEY=VALUE pairs ({error})')
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with one line instead of argparse's usage text."""
+        self.exit(2, f'{self.prog}: error: {message}\n')
 
 
 class AnalysisParser(ToolParser):
@@ -26,7 +63,7 @@ class AnalysisParser(ToolParser):
     """
 
     def __init__(self, description: str) -> None:
-        super().__init__(description)
+        super().__init__(description=description)
         self.add_argument('config', help='config file of the sparse model')
         self.add_argument(
             'checkpoint', nargs='?', help='checkpoint file; random weights without one'
@@ -79,68 +116,6 @@ def check_device(name: str) -> torch.device:
             f'(torch {torch.__version__} finds no GPU)'
         )
     return torch.device(name)
-
-
-def load_models(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Config, Pair]:
-    """Build the model of the config and its dense original, with the weights that were asked for.
-
-    Args:
-        args: Arguments of an ``AnalysisParser``.
-        dtype: Of weights and features.
-
-    Returns:
-        The config, and both models on the device.
-
-    Raises:
-        ValueError: If the config, the device or the checkpoint cannot be used.
-    """
-    cfg = load_config(args)
-    device = check_device(args.device)
-    init_default_scope(cfg.default_scope)
-    torch.manual_seed(args.seed)
-    pair = build_pair(cfg.model)
-    if args.checkpoint:
-        checkpoint = read_checkpoint('checkpoint', args.checkpoint)
-        check_weights(pair.sparse, checkpoint.get('state_dict', checkpoint), args.checkpoint)
-        share_weights(pair.sparse, pair.dense)
-    for model in (pair.sparse, pair.dense):
-        to_device(model, device, dtype)
-    return cfg, pair
-
-
-@contextmanager
-def keep_partial(result: dict, count: Callable[[], str]) -> Iterator[None]:
-    """Turn what stops a measurement into an error that says how much was measured before.
-
-    Args:
-        result: Gets the traceback under 'error'.
-        count: Says how much there is.
-
-    Raises:
-        ValueError: If anything fails or the user interrupts.
-    """
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        result['error'] = traceback.format_exc()
-        reason = type(error).__name__ + (f': {error}' if str(error) else '')
-        reason = ' '.join(reason.split())[:300]
-        raise ValueError(f'stopped by {reason}; measured before: {count()}') from error
-
-
-def check_sizes(sizes: Sequence[tuple[int, int]], pair: Pair) -> None:
-    """Check that images are not smaller than a patch of the backbone.
-
-    Raises:
-        ValueError: If one is.
-    """
-    patch = patch_size(pair.sparse.backbone)
-    for height, width in sizes:
-        if min(height, width) < patch:
-            raise ValueError(
-                f'sizes must be at least one patch of the backbone, {patch} px, '
-                f'got {height}x{width}'
-            )
 
 
 def check_image(path: str | None) -> None:

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
 from mmdynsparse.models import SparseResNet, SparseSwinTransformer
-from mmdynsparse.utils.input_checks import check_backbone
+from mmdynsparse.utils.checkpoints import check_backbone, check_weights
 
 
 class Model(torch.nn.Module):
@@ -73,3 +74,49 @@ def test_norms_without_a_count_of_batches():
     weights = resnet(50).state_dict()
     weights = {key: value for key, value in weights.items() if 'num_batches' not in key}
     check_backbone(resnet(50, out_indices=(1,), frozen_stages=1), weights)
+
+
+# --- check_weights -------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A layer with the submodules that a sparse backbone, and a neck or head, add."""
+
+    def __init__(self, sparse: bool, keep_ratios: tuple[float, ...]) -> None:
+        super().__init__()
+        self.keep_ratios = keep_ratios
+        self.ffn = nn.Linear(2, 2)
+        if sparse:
+            self.predictors = nn.ModuleList([nn.Linear(2, 2)])
+            self.fast_path = nn.Linear(2, 2)
+            self.predictor = nn.Linear(2, 2)
+
+
+def model(sparse: bool, *keep_ratios: float) -> nn.Module:
+    """Returns a model with one block, named as in a segmentor."""
+    return nn.ModuleDict({'backbone': Block(sparse, keep_ratios), 'norm': nn.BatchNorm1d(2)})
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_weights_that_fit(prefix: str) -> None:
+    source, target = model(True), model(True)
+    weights = {prefix + key: value for key, value in source.state_dict().items()}
+    check_weights(target, weights, 'x.pth')
+    assert torch.equal(target['backbone'].ffn.weight, source['backbone'].ffn.weight)
+
+
+@pytest.mark.parametrize(('into', 'kind'), [(True, 'missing'), (False, 'unexpected')])
+def test_sparse_parts_are_needed_unless_dense(into: bool, kind: str) -> None:
+    weights = model(not into).state_dict()
+    for ratios in ((0.7,), (1.0, 0.9)):
+        with pytest.raises(ValueError, match=rf'6 {kind} keys \(backbone.*predictors'):
+            check_weights(model(into, *ratios), weights, 'x.pth')
+    for ratios in ((), (1.0, 1)):
+        check_weights(model(into, *ratios), weights, 'x.pth')
+
+
+def test_weights_of_another_shape() -> None:
+    weights = model(True).state_dict()
+    weights['backbone.ffn.bias'] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r'1 keys of another shape \(backbone\.ffn\.bias\)'):
+        check_weights(model(True), weights, 'x.pth')

@@ -1,0 +1,56 @@
+"""The models that an analysis tool is given."""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from ..utils.checkpoints import check_weights, read_checkpoint
+from ..utils.command_line.arguments import check_device
+from ..utils.command_line.launch import load_config
+from .dense import Pair, build_pair, share_weights
+from .model_parts import patch_size, to_device
+
+
+def load_models(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Config, Pair]:
+    """Build the model of the config and its dense original, with the weights that were asked for.
+
+    Args:
+        args: Arguments of an ``AnalysisParser``.
+        dtype: Of weights and features.
+
+    Returns:
+        The config, and both models on the device.
+
+    Raises:
+        ValueError: If the config, the device or the checkpoint cannot be used.
+    """
+    cfg = load_config(args)
+    device = check_device(args.device)
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(args.seed)
+    pair = build_pair(cfg.model)
+    if args.checkpoint:
+        checkpoint = read_checkpoint('checkpoint', args.checkpoint)
+        check_weights(pair.sparse, checkpoint.get('state_dict', checkpoint), args.checkpoint)
+        share_weights(pair.sparse, pair.dense)
+    for model in (pair.sparse, pair.dense):
+        to_device(model, device, dtype)
+    return cfg, pair
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]], pair: Pair) -> None:
+    """Check that images are not smaller than a patch of the backbone.
+
+    Raises:
+        ValueError: If one is.
+    """
+    patch = patch_size(pair.sparse.backbone)
+    for height, width in sizes:
+        if min(height, width) < patch:
+            raise ValueError(
+                f'sizes must be at least one patch of the backbone, {patch} px, '
+                f'got {height}x{width}'
+            )

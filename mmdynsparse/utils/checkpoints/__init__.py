@@ -1,0 +1,22 @@
+"""Checkpoints: reading and checking them, and the layouts of other code bases."""
+
+from .convert import convert_checkpoint
+from .files import check_checkpoint, read_checkpoint
+from .layouts import SOURCES
+from .names import NEW_PARTS, is_new
+from .resize import resize_bias_table, resize_pos_embed
+from .weights import check_backbone, check_weights, load_pretrained
+
+__all__ = [
+    'NEW_PARTS',
+    'SOURCES',
+    'check_backbone',
+    'check_checkpoint',
+    'check_weights',
+    'convert_checkpoint',
+    'is_new',
+    'load_pretrained',
+    'read_checkpoint',
+    'resize_bias_table',
+    'resize_pos_embed',
+]
