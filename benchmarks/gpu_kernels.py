@@ -1,14 +1,13 @@
-"""The Triton forms of the sparse ops on a CUDA device: are they right, and are they fast.
+"""The Triton kernels on a CUDA device: are they right, and are they fast.
 
-Each op is compared with its torch form in the same dtype and timed against it and against the
-dense computation at all locations, at sizes of Swin-S (third stage, 512 x 512) and of UperNet's
-fusion convolution.
+Each kernel is compared with gathered execution in torch, in the same dtype, and timed against it
+and against the dense computation at all locations, at sizes of Swin-S (third stage, 512 x 512) and
+of UperNet's fusion convolution.
 """
 
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmdynsparse.analysis import compare_latency
+from mmdynsparse.ops import map_tiles
 from mmdynsparse.ops.kernels import LinearWeights, MlpWeights, get_kernel
 
 # Largest error, relative to the largest value: some roundings of the dtype.
@@ -33,7 +33,7 @@ RATIOS = (0.7, 0.5, 0.3)
 
 
 class Case(NamedTuple):
-    """One op at one size: the dense computation and the two forms of the sparse one."""
+    """One op at one size: the dense computation, and the sparse one in torch and in Triton."""
 
     name: str
     dense: Callable[[], Tensor]
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; without CUDA that is an error."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--dtype', choices=tuple(DTYPES), default='bf16')
-    parser.add_argument('--rounds', type=int, default=30, help='timed rounds of each form')
+    parser.add_argument('--rounds', type=int, default=30, help='timed rounds of each')
     parser.add_argument('--out', type=Path, help='JSON file for the numbers')
     args = parser.parse_args(argv)
     if args.rounds < 1:
@@ -101,14 +101,29 @@ def mlp_case(tokens: int, channels: int, ratio: float, dtype: torch.dtype, devic
     fast = LinearWeights(*norm, normal(c, c), normal(c))
     x_PC = torch.randn(tokens, c, dtype=dtype, device=device)
     kept_K, dropped_M = split(tokens, ratio, device)
-    arguments = (x_PC, x_PC, kept_K, dropped_M, mlp, fast)
 
-    def dense() -> Tensor:
-        normed = F.layer_norm(x_PC, (c,), mlp.norm_weight, mlp.norm_bias, mlp.eps)
-        hidden = F.gelu(F.linear(normed, mlp.weight1, mlp.bias1))
-        return x_PC + F.linear(hidden, mlp.weight2, mlp.bias2)
+    def slow_path(x: Tensor) -> Tensor:
+        x = F.layer_norm(x, (c,), mlp.norm_weight, mlp.norm_bias, mlp.eps)
+        return F.linear(F.gelu(F.linear(x, mlp.weight1, mlp.bias1)), mlp.weight2, mlp.bias2)
 
-    return Case(f'sparse_mlp {tokens} x {c}', dense, *both_forms('sparse_mlp', arguments))
+    def fast_path(x: Tensor) -> Tensor:
+        x = F.layer_norm(x, (c,), fast.norm_weight, fast.norm_bias, fast.eps)
+        return F.linear(x, fast.weight, fast.bias)
+
+    def gathered() -> Tensor:
+        out = torch.empty_like(x_PC)
+        for rows, path in ((kept_K, slow_path), (dropped_M, fast_path)):
+            x_RC = x_PC.index_select(0, rows)
+            out.index_copy_(0, rows, x_RC + path(x_RC))
+        return out
+
+    kernel = get_kernel('sparse_mlp')
+    return Case(
+        f'sparse_mlp {tokens} x {c}',
+        dense=lambda: x_PC + slow_path(x_PC),
+        torch=gathered,
+        triton=lambda: kernel(x_PC, x_PC, kept_K, dropped_M, mlp, fast),
+    )
 
 
 def conv_case(
@@ -138,13 +153,19 @@ def conv_case(
     weight = weight.contiguous(memory_format=torch.channels_last)
     bias = torch.randn(channels, **layout)
     cells_K, _ = split(batch * (-(-size // cell_size)) ** 2, ratio, device)
-    arguments = (x_BCHW, cells_K, cell_size, weight, bias, 1, True)
+    kernel = get_kernel('cell_conv')
 
-    def dense() -> Tensor:
-        return F.conv2d(x_BCHW, weight, bias, padding=1).relu_()
+    def gathered() -> Tensor:
+        tiles = map_tiles(x_BCHW, cells_K, cell_size, halo=1)
+        out = F.conv2d(tiles, weight, bias).relu_()
+        return out.contiguous(memory_format=torch.channels_last)
 
-    name = f'cell_conv {channels} x {size} x {size}'
-    return Case(name, dense, *both_forms('cell_conv', arguments))
+    return Case(
+        f'cell_conv {channels} x {size} x {size}',
+        dense=lambda: F.conv2d(x_BCHW, weight, bias, padding=1).relu_(),
+        torch=gathered,
+        triton=lambda: kernel(x_BCHW, cells_K, cell_size, weight, bias, relu=True),
+    )
 
 
 def split(total: int, ratio: float, device: str) -> tuple[Tensor, Tensor]:
@@ -154,19 +175,14 @@ def split(total: int, ratio: float, device: str) -> tuple[Tensor, Tensor]:
     return order[:count].sort().values, order[count:].sort().values
 
 
-def both_forms(op: str, arguments: tuple) -> list[Callable[[], Tensor]]:
-    """Return the torch and the Triton form as functions without arguments."""
-    return [partial(get_kernel(op, name), *arguments) for name in ('torch', 'triton')]
-
-
 def error(case: Case) -> float:
-    """Largest difference between the forms, relative to the largest value."""
+    """Largest difference between torch and Triton, relative to the largest value."""
     expected, got = case.torch().float(), case.triton().float()
     return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
 def latencies(case: Case, rounds: int) -> dict[str, float]:
-    """Median time of one call in ms, of the dense computation and of the two forms."""
+    """Median time of one call in ms, of the dense and of both sparse computations."""
     functions = {name: replay_of(getattr(case, name)) for name in ('dense', 'torch', 'triton')}
     times = compare_latency(functions, rounds=rounds)
     return {name: latency.median / CALLS for name, latency in times.items()}

@@ -1,10 +1,11 @@
 """Modules built on ``mmdynsparse.ops``, shared by all backbones."""
 
-from .conv_norm import conv_norm, fold_norm
+from .conv_norm import can_fold, conv_norm, fold_norm
 from .fast_path import LinearFastPath, LowRankFastPath
-from .linear import FFN, Linear, linear_act, mlp_weights
+from .linear import FFN, Linear, apply_linear, linear_act, mlp_weights
 from .norm import LayerNorm2d
 from .patch import PatchEmbed, PatchMerging
+from .plain import check_plain, is_plain
 from .predictor import CellPredictor, LocalGlobalPredictor
 from .token_attention import TokenMSA
 from .window_attention import ShiftWindowMSA, WindowMSA
@@ -22,8 +23,12 @@ __all__ = [
     'ShiftWindowMSA',
     'TokenMSA',
     'WindowMSA',
+    'apply_linear',
+    'can_fold',
+    'check_plain',
     'conv_norm',
     'fold_norm',
+    'is_plain',
     'linear_act',
     'mlp_weights',
 ]

@@ -1,12 +1,14 @@
 """mmcv's ConvModule (convolution, norm, activation) on tiles, and with running statistics."""
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import ConvModule
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .conv_norm import conv_norm
+from .conv_norm import conv_norm, convolve, crop
+from .plain import is_plain
 
 
 def conv_module(
@@ -23,12 +25,13 @@ def conv_module(
     Returns:
         (B, C_out, H', W')
     """
-    conv = module.conv
-    if module.with_norm and conv.bias is None and not module.norm.training:
-        return _act(module, conv_norm(x, conv, module.norm, padding))
-    padding = conv.padding if padding is None else padding
-    x = F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation)
-    return norm_act(module, x, light)
+    halo = 0 if padding is None else to_2tuple(module.padding)[0] - padding
+    training = module.with_norm and module.norm.training
+    if not is_plain(module, ConvModule) and not (light and training):
+        return crop(module(x), halo)
+    if module.with_norm and not training:
+        return _act(module, conv_norm(x, module.conv, module.norm, halo))
+    return norm_act(module, convolve(x, module.conv, halo), light)
 
 
 def norm_act(module: ConvModule, x: Tensor, light: bool = False) -> Tensor:
@@ -43,13 +46,17 @@ def norm_act(module: ConvModule, x: Tensor, light: bool = False) -> Tensor:
     """
     if module.with_norm:
         norm = module.norm
-        if light and norm.training:
-            # Copies: the slow path may update the statistics before this is differentiated.
-            statistics = (norm.running_mean.clone(), norm.running_var.clone())
-            x = F.batch_norm(x, *statistics, norm.weight, norm.bias, training=False, eps=norm.eps)
-        else:
-            x = norm(x)
+        x = _by_running_statistics(norm, x) if light and norm.training else norm(x)
     return _act(module, x)
+
+
+def _by_running_statistics(norm: nn.Module, x: Tensor) -> Tensor:
+    # Copies: the slow path may update the statistics before this is differentiated.
+    statistics = {name: value.clone() for name, value in norm.named_buffers()}
+    norm.eval()
+    x = functional_call(norm, statistics, (x,))
+    norm.train()
+    return x
 
 
 def check_conv_modules(parent: nn.Module, names: str) -> None:
@@ -81,6 +88,6 @@ def check_conv_modules(parent: nn.Module, names: str) -> None:
 def _act(module: ConvModule, x: Tensor) -> Tensor:
     if not module.with_activation:
         return x
-    if isinstance(module.activate, nn.ReLU) and not torch.is_grad_enabled():
+    if is_plain(module.activate, nn.ReLU) and not torch.is_grad_enabled():
         return x.relu_()  # x is new here, and another map of its size costs page faults
     return module.activate(x)

@@ -1,31 +1,69 @@
-"""Convolution and batch norm as one."""
+"""Convolutions of maps and tiles, and the norms that follow them."""
+
+from math import prod
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .plain import is_plain
 
 
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, padding: int | None = None) -> Tensor:
-    """Apply a convolution without bias and the batch norm that follows it.
+def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, halo: int = 0) -> Tensor:
+    """Apply a convolution and the norm that follows it.
 
-    A norm in eval mode is an affine map of each channel. It is folded into the weights where these
-    are fewer than the outputs, that is, where scaling the weights costs less than another pass
-    over the map; nothing is cached, so there is nothing to keep in step with the parameters.
+    A batch norm in eval mode is an affine map of each channel. It is folded into the weights where
+    these are fewer than the outputs: there, scaling the weights costs less than another pass over
+    the map. Nothing is cached, so nothing can fall behind the parameters.
 
     Args:
         x: (B, C_in, H, W).
         conv: The convolution.
-        norm: Batch norm of its outputs.
-        padding: Replaces the padding of ``conv``; tiles with a halo take 0. Defaults to None.
+        norm: Norm of its outputs.
+        halo: As of :func:`convolve`. Defaults to 0.
 
     Returns:
         (B, C_out, H', W')
     """
-    padding = conv.padding if padding is None else padding
-    geometry = (conv.stride, padding, conv.dilation)
-    positions = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
-    if norm.training or conv.weight.numel() >= conv.out_channels * positions:
-        return norm(F.conv2d(x, conv.weight, None, *geometry))
+    if norm.training or not can_fold(conv, norm):
+        return norm(convolve(x, conv, halo))
+    outputs = conv.out_channels * x.shape[0] * x.shape[2] * x.shape[3] // prod(conv.stride)
+    if conv.weight.numel() >= outputs:
+        return norm(convolve(x, conv, halo))
+    geometry = (conv.stride, 0 if halo else conv.padding, conv.dilation, conv.groups)
     return F.conv2d(x, *fold_norm(conv, norm), *geometry)
+
+
+def convolve(x: Tensor, conv: nn.Module, halo: int = 0) -> Tensor:
+    """Apply a convolution to a map, or to tiles with a halo.
+
+    Args:
+        x: (B, C_in, H, W).
+        conv: The convolution. If there is a halo, it is one that keeps the size of a map.
+        halo: Positions at each side of a tile that stand for the padding; the output has none of
+            them. Defaults to 0, a whole map.
+
+    Returns:
+        (B, C_out, H', W')
+    """
+    if halo and is_plain(conv, nn.Conv2d):
+        return F.conv2d(x, conv.weight, conv.bias, 1, 0, conv.dilation, conv.groups)
+    # mmcv's deformable convolutions read any map as if it were contiguous.
+    return crop(conv(x if isinstance(conv, nn.Conv2d) else x.contiguous()), halo)
+
+
+def crop(x: Tensor, halo: int) -> Tensor:
+    """Cut ``halo`` positions off each side of a map (B, C, H, W)."""
+    return x[:, :, halo:-halo, halo:-halo] if halo else x
+
+
+def can_fold(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether ``fold_norm`` says what the two layers do in eval mode."""
+    # By its forward, because a reverted SyncBN is of a type of mmengine's own.
+    known = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    if not known or not is_plain(norm, type(norm)) or not is_plain(conv, nn.Conv2d):
+        return False
+    return conv.bias is None and norm.affine and norm.track_running_stats
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:

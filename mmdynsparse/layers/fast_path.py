@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..ops.kernels import LinearWeights
 from ..registry import MODELS
 from .linear import Linear
+from .plain import check_plain
 
 
 @MODELS.register_module()
@@ -30,16 +31,22 @@ class LinearFastPath(nn.Module):
             self.gamma = nn.Parameter(torch.full((embed_dims,), layer_scale))
 
     def weights(self) -> LinearWeights:
-        """Return the parameters for a fused kernel."""
-        norm = self.norm
-        return LinearWeights(
-            norm.weight, norm.bias, norm.eps, self.fc.weight, self.fc.bias, self.gamma
-        )
+        """Return the parameters for a fused kernel.
+
+        Raises:
+            ValueError: If the fast path or one of its layers has hooks or an adapter.
+        """
+        norm, fc = self.norm, self.fc
+        check_plain('the fast path', self, LinearFastPath)
+        check_plain("the fast path's norm", norm, nn.LayerNorm)
+        check_plain("the fast path's linear layer", fc, nn.Linear, Linear)
+        return LinearWeights(norm.weight, norm.bias, norm.eps, fc.weight, fc.bias, self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (..., C) to their update (..., C)."""
         x = self.fc(self.norm(x))
-        return x if self.gamma is None else x * self.gamma
+        # Under autocast the parameter is float32, and the update shall be as without it.
+        return x if self.gamma is None else (x * self.gamma).to(x.dtype)
 
 
 @MODELS.register_module()
@@ -62,6 +69,10 @@ class LowRankFastPath(nn.Module):
             raise ValueError(f'reduction must be in 1 to {embed_dims}, got {reduction}')
         self.fc1 = Linear(embed_dims, embed_dims // reduction)
         self.fc2 = Linear(embed_dims // reduction, embed_dims)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Start the last layer at zero, also after a backbone has initialized all its layers."""
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
 

@@ -1,11 +1,15 @@
 """Linear layers and the FFN of transformers, with the parameters of torch's and OpenMMLab's."""
 
+import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..ops import linear
 from ..ops.kernels import MlpWeights
+from .norm import LayerNorm2d
+from .plain import check_plain, is_plain
 
 
 class Linear(nn.Linear):
@@ -16,31 +20,39 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def linear_act(x: Tensor, fc: nn.Linear, act: nn.Module) -> Tensor:
+def apply_linear(x: Tensor, fc: nn.Module, gelu: bool = False) -> Tensor:
+    """Apply a linear layer, and the exact GELU if asked for, in one pass where possible."""
+    # The last type is that of the output layer of nn.MultiheadAttention.
+    if is_plain(fc, Linear, nn.Linear, NonDynamicallyQuantizableLinear):
+        return linear(x, fc.weight, fc.bias, gelu)
+    x = fc(x)
+    return F.gelu(x) if gelu else x
+
+
+def linear_act(x: Tensor, fc: nn.Module, act: nn.Module) -> Tensor:
     """Apply a linear layer and the activation that follows it, in one pass where possible."""
-    if _is_gelu(act):
-        return linear(x, fc.weight, fc.bias, gelu=True)
+    if is_plain(act, nn.GELU) and act.approximate == 'none':
+        return apply_linear(x, fc, gelu=True)
     return act(fc(x))
 
 
 def mlp_weights(
-    norm: nn.Module, fc1: nn.Linear, act: nn.Module, fc2: nn.Linear, gamma: Tensor | None = None
+    norm: nn.Module, fc1: nn.Module, act: nn.Module, fc2: nn.Module, gamma: Tensor | None = None
 ) -> MlpWeights:
     """Return the parameters of norm, linear, GELU, linear and LayerScale for a fused kernel.
 
     Raises:
-        ValueError: If the norm is no layer norm or the activation is not the exact GELU.
+        ValueError: If the norm is no layer norm, the activation is not the exact GELU, or one of
+            the modules has hooks or an adapter.
     """
-    if not isinstance(norm, nn.LayerNorm):
-        raise ValueError(f'the norm must be a LayerNorm for fused kernels, got {norm}')
-    if not _is_gelu(act):
-        raise ValueError(f'the activation must be GELU for fused kernels, got {act}')
+    check_plain('the norm', norm, nn.LayerNorm, LayerNorm2d)
+    check_plain('the activation', act, nn.GELU)
+    if act.approximate != 'none':
+        raise ValueError(f'the activation must be GELU for fused kernels, exact, got {act}')
+    for name, fc in (('the first linear layer', fc1), ('the second linear layer', fc2)):
+        check_plain(name, fc, nn.Linear, Linear)
     weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     return MlpWeights(norm.weight, norm.bias, norm.eps, *weights, gamma)
-
-
-def _is_gelu(act: nn.Module) -> bool:
-    return isinstance(act, nn.GELU) and act.approximate == 'none'
 
 
 class FFN(BaseModule):
@@ -84,9 +96,9 @@ class FFN(BaseModule):
         """Return the parameters, with those of the norm before, for a fused kernel.
 
         Raises:
-            ValueError: If there are more than two linear layers, or the norm or the activation is
-                none that the kernel knows.
+            ValueError: If there are more than two linear layers, or as of :func:`mlp_weights`.
         """
+        check_plain('the FFN', self, FFN)
         *hidden, last, _ = self.layers
         if len(hidden) > 1:
             raise ValueError(f'num_fcs must be 2 for fused kernels, got {len(hidden) + 1}')

@@ -1,11 +1,13 @@
 """Importance-score predictor (Rao et al., T-PAMI 2023, section 3.2; DynamicViT, eq. 1-4)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import linear
 from ..registry import MODELS
-from .linear import Linear
+from .linear import Linear, apply_linear
+from .plain import is_plain
 
 
 @MODELS.register_module()
@@ -43,14 +45,22 @@ class LocalGlobalPredictor(nn.Module):
             among_BN: 1 for the tokens over which the mean is taken (DynamicViT: those still
                 kept), 0 for others. Defaults to None, all.
         """
-        x_BNC = _linear_gelu(self.norm(x_BNC), self.fc_in)
-        local = x_BNC.shape[-1] // 2
-        w_local, w_mean = self.fc1.weight.split((local, x_BNC.shape[-1] - local), dim=1)
-        mean_B1C = _mean(x_BNC[..., local:], among_BN)
-        h = linear(x_BNC[..., :local], w_local, None)
-        h = h.add_(linear(mean_B1C, w_mean, self.fc1.bias))
-        h = self.fc3(_linear_gelu(F.gelu(h), self.fc2))
+        x_BNC = apply_linear(self.norm(x_BNC), self.fc_in, gelu=True)
+        half = x_BNC.shape[-1] // 2
+        mean_B1C = _mean(x_BNC[..., half:], among_BN)
+        h = F.gelu(self._join(x_BNC[..., :half], mean_B1C))
+        h = self.fc3(apply_linear(h, self.fc2, gelu=True))
         return F.log_softmax(h.float(), dim=-1)
+
+    def _join(self, local_BNC: Tensor, mean_B1C: Tensor) -> Tensor:
+        """Apply ``fc1`` to each token's local half with the mean."""
+        if not is_plain(self.fc1, Linear, nn.Linear):
+            mean_BNC = mean_B1C.expand(-1, local_BNC.shape[1], -1)
+            return self.fc1(torch.cat((local_BNC, mean_BNC), dim=-1))
+        widths = (local_BNC.shape[-1], mean_B1C.shape[-1])
+        w_local, w_mean = self.fc1.weight.split(widths, dim=1)
+        h = linear(local_BNC, w_local, None)
+        return h.add_(linear(mean_B1C, w_mean, self.fc1.bias))
 
 
 @MODELS.register_module()
@@ -79,10 +89,6 @@ class CellPredictor(nn.Module):
     def forward(self, x_BNC: Tensor) -> Tensor:
         """Return (B, N, 2) float32 log-probabilities [keep, drop] of cell means (B, N, C)."""
         return self.score(self.reduce(x_BNC))
-
-
-def _linear_gelu(x: Tensor, fc: nn.Linear) -> Tensor:
-    return linear(x, fc.weight, fc.bias, gelu=True)
 
 
 def _mean(x_BNC: Tensor, among_BN: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..ops import linear, policy_softmax, region
+from .linear import apply_linear
 
 
 class TokenMSA(BaseModule):
@@ -59,5 +60,4 @@ class TokenMSA(BaseModule):
             eps = 1e-6 if self.training else 0.0
             weights = policy_softmax(logits, policy_BT, eps).to(v.dtype)
             out = F.dropout(weights, m.dropout, self.training) @ v
-        out = linear(out.transpose(1, 2).flatten(2), m.out_proj.weight, m.out_proj.bias)
-        return self.proj_drop(out)
+        return self.proj_drop(apply_linear(out.transpose(1, 2).flatten(2), m.out_proj))

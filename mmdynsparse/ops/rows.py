@@ -6,7 +6,7 @@ Dimension letters: P rows of the table, R chosen ones, C channels.
 import torch
 from torch import Tensor
 
-# The numbers of this type are moved as 16 bytes, whatever they are.
+# Rows are copied as 16-byte words; the dtype does not matter.
 _WORD = torch.complex128
 
 
@@ -28,8 +28,7 @@ def shapes_may_vary(device: torch.device) -> bool:
 def put_rows(table_PC: Tensor, rows_R: Tensor, values_RC: Tensor) -> None:
     """Do ``table_PC.index_copy_(0, rows_R, values_RC)`` in the form that is fastest on the device.
 
-    On a CPU that operator moves one number after the other, which takes longer than 16 bytes at
-    once.
+    On a CPU that operator moves single numbers, which takes longer than 16 bytes at once.
 
     Args:
         table_PC: The table; it is changed in place.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cells import cell_positions
-from .kernels import MlpWeights, get_kernel
+from .kernels import MlpWeights, fused_paths
 from .regions import region
 from .rows import put_rows
 from .select import Decision, kept_and_dropped, location_mask
@@ -134,8 +134,7 @@ def two_paths(
         return residual_BNC + drop_path(update_BNC)
     x, residual = x_BNC.flatten(0, 1), residual_BNC.flatten(0, 1)
     if plan.form == 'triton' and slow_weights is not None:
-        weights = slow_weights(), None if fast is None else fast.weights()
-        out = get_kernel('sparse_mlp', 'triton')(x, residual, plan.kept, plan.dropped, *weights)
+        out = fused_paths(x, residual, plan.kept, plan.dropped, slow_weights(), fast)
         return out.view_as(residual_BNC)
     # With a fast path every row is written by one of the two.
     out = residual.clone() if fast is None else torch.empty_like(residual)

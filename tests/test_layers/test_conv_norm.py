@@ -1,8 +1,9 @@
 import pytest
 import torch
+from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
-from mmdynsparse.layers import conv_norm
+from mmdynsparse.layers import can_fold, conv_norm
 
 
 @pytest.mark.parametrize('stride, padding, dilation', [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
@@ -19,6 +20,22 @@ def test_equals_convolution_then_norm(stride, padding, dilation, side, training)
     torch.testing.assert_close(conv_norm(x, conv, norm), norm(conv(x)), atol=1e-5, rtol=1e-5)
 
 
+def test_what_can_be_folded():
+    conv, sync = nn.Conv2d(3, 8, 3, bias=False), nn.SyncBatchNorm(8)
+    for norm in (nn.BatchNorm2d(8), sync, revert_sync_batchnorm(sync)):
+        assert can_fold(conv, norm)
+        assert not can_fold(nn.Conv2d(3, 8, 3), norm)
+    for norm in (
+        nn.GroupNorm(2, 8),
+        nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+        nn.BatchNorm2d(8, affine=False),
+        nn.BatchNorm2d(8, track_running_stats=False),
+    ):
+        assert not can_fold(conv, norm)
+        x = torch.randn(2, 3, 40, 40)
+        torch.testing.assert_close(conv_norm(x, conv, norm), norm(conv(x)))
+
+
 @pytest.mark.parametrize('side', [5, 40])
 def test_gradients_reach_all_parameters(side):
     conv, norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8).eval()
@@ -30,8 +47,10 @@ def test_gradients_reach_all_parameters(side):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
 
 
-def test_padding_can_be_replaced():
-    conv, norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8).eval()
-    x = torch.randn(1, 3, 40, 40)
-    inner = conv_norm(x, conv, norm)[:, :, 1:-1, 1:-1]
-    torch.testing.assert_close(conv_norm(x, conv, norm, padding=0), inner)
+@pytest.mark.parametrize('dilation', [1, 2])
+@pytest.mark.parametrize('side', [6, 40])
+def test_halo_stands_for_the_padding(dilation, side):
+    conv = nn.Conv2d(3, 8, 3, padding=dilation, dilation=dilation, bias=False)
+    norm, x = nn.BatchNorm2d(8).eval(), torch.randn(1, 3, side, side)
+    inner = conv_norm(x, conv, norm)[:, :, dilation:-dilation, dilation:-dilation]
+    torch.testing.assert_close(conv_norm(x, conv, norm, halo=dilation), inner)

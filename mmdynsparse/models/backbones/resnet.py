@@ -9,16 +9,17 @@ predictors (``predictors.J``) and, if asked for, fast paths (``layerI.K.fast_pat
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from importlib import import_module
+from itertools import chain, pairwise
 
 import torch
-from mmcv.cnn import build_norm_layer
+from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmengine.model.weight_init import constant_init, kaiming_init
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...layers import conv_norm
-from ...ops import Decision, Plan, cell_rows, cell_table, region, table_map
+from ...layers import conv_norm, is_plain
+from ...ops import Decision, Plan, cell_rows, cell_table, location_mask, region, table_map
 from ...registry import MODELS
 from .resnet_blocks import BasicBlock, Bottleneck, Cells, ResidualBlock
 from .sparse_backbone import StagedBackbone, checkpoint_cfg
@@ -56,14 +57,16 @@ class SparseResNet(StagedBackbone):
         avg_down: Average pooling before the projection of the identity. Defaults to False.
         frozen_stages: Stages to freeze: -1 none, 0 the stem, i also the first i stages. Defaults
             to -1.
-        conv_cfg: Only None, plain convolutions. Defaults to None.
-        norm_cfg: A batch norm. Defaults to dict(type='BN', requires_grad=True).
+        conv_cfg: Convolutions; a sparse stage takes plain ones. Defaults to None, plain ones.
+        norm_cfg: Normalization; a sparse stage takes batch norms. Defaults to dict(type='BN',
+            requires_grad=True).
         norm_eval: Whether batch norms keep their running statistics in training, mmdet's default
             and stated by its configs. Defaults to False, as in mmseg.
-        dcn: Only None: deformable convolutions read positions that a cell does not hold.
-            Defaults to None.
-        stage_with_dcn: Not used without ``dcn``. Defaults to no stage.
-        plugins: Only None: plugins look at the whole map. Defaults to None.
+        dcn: Deformable convolution that replaces the 3 x 3 ones of bottlenecks; not in a sparse
+            stage. Defaults to None.
+        stage_with_dcn: Which stages have ``dcn``. Defaults to no stage.
+        plugins: What is added to bottlenecks, as in mmdet; not in a sparse stage. Several at one
+            position run one after the other. Defaults to None.
         multi_grid: Dilation of each block of the last stage. Defaults to None.
         contract_dilation: Whether the first block of a dilated stage has half its dilation.
             Defaults to False.
@@ -75,10 +78,10 @@ class SparseResNet(StagedBackbone):
         sparsity: Where and how much the model is sparse, see
             :class:`~mmdynsparse.models.sparsity.Sparsity`; by default one predictor before block 1
             of each stage but the first, cells of (8, 8, 4, 4) positions, and no fast path. None is
-            the dense model. Defaults to None.
+            the dense model. Defaults to None. A stage of keep ratio 1.0 is dense as well.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or a sparse stage cannot be sparse.
     """
 
     original = 'ResNet'
@@ -115,8 +118,11 @@ class SparseResNet(StagedBackbone):
         init_cfg: dict | None = None,
         sparsity: Mapping | None = None,
     ) -> None:
-        _check_absent(conv_cfg=conv_cfg, dcn=dcn, plugins=plugins)
-        _check_shape(depth, style, num_stages, strides, dilations, multi_grid)
+        by_stage = dict(strides=strides, dilations=dilations)
+        if dcn is not None:
+            import_module('mmcv.ops')  # registers deformable convolutions
+            by_stage['stage_with_dcn'] = stage_with_dcn
+        _check_shape(depth, style, num_stages, by_stage, multi_grid)
         block, depths = ARCHS[depth][0], ARCHS[depth][1][:num_stages]
         last = min(max(out_indices, default=0), num_stages - 1)
         super().__init__(
@@ -135,21 +141,35 @@ class SparseResNet(StagedBackbone):
         self.zero_init_residual = zero_init_residual
 
         norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
+        cfgs = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
         channels = stem_channels or base_channels
-        self._build_stem(in_channels, channels, deep_stem, norm_cfg)
+        self._build_stem(in_channels, channels, deep_stem, **cfgs)
+        dcn = dcn and dict(dcn)  # blocks change it
         self.predictors = nn.ModuleList()
+        self._obstacles: list[str | None] = []
         for i, count in enumerate(depths):
             rates = _dilations(count, dilations[i], contract_dilation)
             if multi_grid is not None and i == num_stages - 1:
                 rates = multi_grid
-            args = dict(style=style, avg_down=avg_down, norm_cfg=norm_cfg, with_cp=with_cp)
             layer = self._build_stage(
-                i, block, channels, base_channels * 2**i, strides[i], rates, **args
+                i,
+                block,
+                channels,
+                base_channels * 2**i,
+                strides[i],
+                rates,
+                style=style,
+                avg_down=avg_down,
+                with_cp=with_cp,
+                dcn=dcn if dcn and stage_with_dcn[i] else None,
+                plugins=[p for p in plugins or () if 'stages' not in p or p['stages'][i]],
+                **cfgs,
             )
             self.add_module(f'layer{i + 1}', layer)
             channels = base_channels * 2**i * block.expansion
             self.predictors.extend(self.build_predictors(i, channels))
-        self._check_blocks(norm_cfg)
+        for i in range(num_stages):
+            self._check_locations(i)
         self._freeze()
 
     @property
@@ -157,17 +177,29 @@ class SparseResNet(StagedBackbone):
         """The blocks of each stage."""
         return [getattr(self, f'layer{i + 1}') for i in range(self.num_stages)]
 
-    def _build_stem(self, in_channels: int, channels: int, deep: bool, norm_cfg: dict) -> None:
+    @property
+    def stem_layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The convolutions of the stem with their norms."""
+        if self.deep_stem:
+            return [(self.stem[i], self.stem[i + 1]) for i in (0, 3, 6)]
+        return [(self.conv1, getattr(self, self.norm1_name))]
+
+    def _build_stem(
+        self, in_channels: int, channels: int, deep: bool, conv_cfg: dict | None, norm_cfg: dict
+    ) -> None:
         self.deep_stem = deep
         if deep:
             widths = (in_channels, channels // 2, channels // 2, channels)
             self.stem = nn.Sequential()
-            for i, (c_in, c_out) in enumerate(pairwise(widths)):
-                conv = nn.Conv2d(c_in, c_out, 3, 2 if i == 0 else 1, padding=1, bias=False)
-                self.stem.extend((conv, build_norm_layer(norm_cfg, c_out)[1], nn.ReLU(True)))
+            for i, pair in enumerate(pairwise(widths)):
+                place = dict(stride=2 if i == 0 else 1, padding=1)
+                conv = build_conv_layer(conv_cfg, *pair, 3, bias=False, **place)
+                self.stem.extend((conv, build_norm_layer(norm_cfg, pair[1])[1], nn.ReLU(True)))
         else:
-            self.conv1 = nn.Conv2d(in_channels, channels, 7, 2, padding=3, bias=False)
-            self.bn1 = build_norm_layer(norm_cfg, channels)[1]
+            place = dict(stride=2, padding=3)
+            self.conv1 = build_conv_layer(conv_cfg, in_channels, channels, 7, bias=False, **place)
+            self.norm1_name, norm = build_norm_layer(norm_cfg, channels, postfix=1)
+            self.add_module(self.norm1_name, norm)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
 
@@ -186,18 +218,25 @@ class SparseResNet(StagedBackbone):
             place = (in_channels, planes, stride, dilation)
             blocks.append(block(*place, fast_path=self.fast_path_cfg(i, j), **kwargs))
             in_channels, stride = planes * block.expansion, 1
+        first_sparse = min(self.stage_locations(i), default=len(blocks))
+        obstacles = (b.obstacle() for b in blocks[first_sparse:])
+        self._obstacles.append(next(filter(None, obstacles), None))
         return nn.Sequential(*blocks)
 
     def _stem(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        pairs = [(self.stem[i], self.stem[i + 1]) for i in (0, 3, 6)] if self.deep_stem else None
-        for conv, norm in pairs or [(self.conv1, self.bn1)]:
+        if self.deep_stem and not is_plain(self.stem, nn.Sequential):
+            return self.maxpool(self.stem(x))
+        for conv, norm in self.stem_layers:
             x = self.relu(conv_norm(x, conv, norm))
         return self.maxpool(x)
 
     def _run_blocks(self, x: Tensor, blocks: Sequence[ResidualBlock], plan: Plan) -> Tensor:
         if plan.gathers:
-            return in_cells(x, blocks, plan)
+            if all(is_plain(block, BasicBlock, Bottleneck) for block in blocks):
+                return in_cells(x, blocks, plan)
+            # Cells are not what a hook on a block expects.
+            plan = Plan('masked', plan.decision, location_mask(plan.decision))
         mask = None if plan.mask is None else plan.mask.view(len(x), 1, *x.shape[2:])
         for block in blocks:
             x = block(x, mask)
@@ -222,27 +261,44 @@ class SparseResNet(StagedBackbone):
         return self
 
     def _stem_parts(self) -> Sequence[nn.Module]:
-        return (self.stem,) if self.deep_stem else (self.conv1, self.bn1)
+        return (self.stem,) if self.deep_stem else self.stem_layers[0]
 
     def _init_parameters(self) -> None:
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 kaiming_init(m)
-            elif isinstance(m, _BatchNorm):
+            elif isinstance(m, _BatchNorm | nn.GroupNorm):
                 constant_init(m, 1)
-        if self.zero_init_residual:
-            for block in (block for stage in self.stages for block in stage):
-                constant_init(block.bn3 if isinstance(block, Bottleneck) else block.bn2, 0)
+        for block in chain(*self.stages):
+            if self.zero_init_residual:
+                constant_init(block.layers[-1][1], 0)
+            # Deformable convolutions and plugins have their own start.
+            for part in block.children():
+                if hasattr(part, 'init_weights'):
+                    part.init_weights()
 
-    def _check_blocks(self, norm_cfg: dict) -> None:
-        if not any(isinstance(m, _BatchNorm) for m in self.modules()):
-            raise ValueError(f'norm_cfg must be a batch norm, got {norm_cfg}')
-        for i, stage in enumerate(self.stages):
-            if any(stage[j].downsample is not None for j in self.stage_locations(i)):
-                raise ValueError(
-                    f'sparsity.locations[{i}] takes blocks that keep the size of their map, '
-                    f'1 to {len(stage) - 1}, got {self.stage_locations(i)}'
-                )
+    def _plan(self, decision: Decision, stage: int) -> Plan:
+        self._check_sparse(stage, decision.ratio)
+        return super()._plan(decision, stage)
+
+    def _check_locations(self, stage: int) -> None:
+        blocks, locations = self.stages[stage], self.stage_locations(stage)
+        if any(blocks[j].downsample is not None for j in locations):
+            raise ValueError(
+                f'sparsity.locations[{stage}] takes blocks that keep the size of their map, '
+                f'1 to {len(blocks) - 1}, got {locations}'
+            )
+        for j in locations:
+            self._check_sparse(stage, self.keep_ratios[self.sparsity.index(stage, j)])
+
+    def _check_sparse(self, stage: int, ratio: float) -> None:
+        obstacle = self._obstacles[stage]
+        if ratio < 1 and obstacle is not None:
+            raise ValueError(
+                f'stage {stage} must have plain convolutions (no conv_cfg, dcn or plugins) and '
+                f'batch norms with running statistics to be sparse, or keep ratio 1.0, got '
+                f'{obstacle} and {ratio}'
+            )
 
 
 @MODELS.register_module()
@@ -287,18 +343,11 @@ def _dilations(count: int, dilation: int, contract: bool) -> tuple[int, ...]:
     return (first,) + (dilation,) * (count - 1)
 
 
-def _check_absent(**kwargs) -> None:
-    for name, value in kwargs.items():
-        if value is not None:
-            raise ValueError(f'{name} must be None in a sparse ResNet, got {value}')
-
-
 def _check_shape(
     depth: int,
     style: str,
     num_stages: int,
-    strides: Sequence[int],
-    dilations: Sequence[int],
+    by_stage: Mapping[str, Sequence],
     multi_grid: Sequence[int] | None,
 ) -> None:
     if depth not in ARCHS:
@@ -307,7 +356,7 @@ def _check_shape(
         raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}")
     if not 1 <= num_stages <= 4:
         raise ValueError(f'num_stages must be in 1 to 4, got {num_stages}')
-    for name, values in dict(strides=strides, dilations=dilations).items():
+    for name, values in by_stage.items():
         if len(values) != num_stages:
             raise ValueError(f'{name} must have num_stages = {num_stages} values, got {values}')
     last_depth = ARCHS[depth][1][num_stages - 1]

@@ -4,14 +4,17 @@ Sources and design: see ``resnet.py``. Dimension letters: B images, C channels, 
 dropped cells of g x g positions, P = B * H * W rows of a table (see ``ops.cells``).
 """
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import ClassVar, NamedTuple
 
 import torch.utils.checkpoint as cp
-from mmcv.cnn import build_norm_layer
+from mmcv.cnn import build_conv_layer, build_norm_layer, build_plugin_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...layers import conv_norm, fold_norm
+from ...layers import can_fold, conv_norm, fold_norm, is_plain
 from ...ops import CellRows, put_rows, region, table_map, take_tiles, tile_rows
 from ...ops.kernels import get_kernel
 from .sparse_backbone import build_part
@@ -39,48 +42,134 @@ class Cells(NamedTuple):
     fused: bool
 
 
+class Layer(NamedTuple):
+    """Shape of a convolution; its input comes from the one before."""
+
+    channels: int
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+
+
 class ResidualBlock(BaseModule):
-    """What basic blocks and bottlenecks share: identity, mask, fast path.
+    """What basic blocks and bottlenecks share: layers, identity, mask, fast path.
 
     A block that changes the size of the map, or its channels, projects the identity and is always
     dense.
 
+    Attributes:
+        halo: Border around a cell that the branch reads, in positions.
+
     Args:
         in_channels: Channels of the input.
-        out_channels: Channels C of the output.
+        planes: Channels of the inner convolutions.
         stride: Of the block.
+        dilation: Of the 3 x 3 convolution, the first one of a basic block.
+        style: Of a bottleneck, 'pytorch': the 3 x 3 convolution strides; 'caffe': the first one.
         avg_down: Whether the projection strides by average pooling.
+        conv_cfg: Convolutions, or None for plain ones.
         norm_cfg: Normalization.
+        dcn: Of a bottleneck, deformable convolution in place of the 3 x 3, or None. As in the
+            original, the first block takes ``fallback_on_stride`` out of it.
+        plugins: Of a bottleneck, each a dict(cfg=..., position='after_conv1'), or a later one.
         with_cp: Whether activations are recomputed in the backward pass.
         fast_path: Config of the fast path, or None: dropped positions stay as they are.
+
+    Raises:
+        ValueError: If ``dcn`` or a plugin does not fit the block.
     """
 
     expansion: ClassVar[int]
-    halo: int
 
     def __init__(
         self,
         in_channels: int,
-        out_channels: int,
+        planes: int,
         stride: int,
+        dilation: int,
+        style: str,
         avg_down: bool,
+        conv_cfg: dict | None,
         norm_cfg: dict,
+        dcn: dict | None,
+        plugins: Sequence[dict],
         with_cp: bool,
         fast_path: dict | None,
     ) -> None:
         super().__init__()
+        if self.expansion == 1 and (dcn is not None or plugins):
+            raise ValueError(f'dcn and plugins need a depth of 50 or more, got {dcn or plugins}')
         self.relu = nn.ReLU(inplace=True)
+        self.halo = 0
+        self.norm_names: list[str] = []
+        if dcn is not None and dcn.pop('fallback_on_stride', False):
+            dcn = None
+        channels = in_channels
+        for layer in self._geometry(planes, stride, dilation, style):
+            cfg = dcn if dcn is not None and layer.kernel_size == 3 else conv_cfg
+            self._add_layer(cfg, norm_cfg, channels, layer)
+            channels = layer.channels
+        # Names of the plugins after each layer.
+        self.plugin_names: list[list[str]] = [[] for _ in self.norm_names]
+        for plugin in plugins:
+            self._add_plugin(plugin['position'], dict(plugin['cfg']))
         self.downsample = None
-        if stride != 1 or in_channels != out_channels:
+        if stride != 1 or in_channels != channels:
             pool = [nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)]
             conv_stride = 1 if avg_down else stride
             self.downsample = nn.Sequential(
                 *(pool if avg_down else ()),
-                nn.Conv2d(in_channels, out_channels, 1, conv_stride, bias=False),
-                build_norm_layer(norm_cfg, out_channels)[1],
+                build_conv_layer(conv_cfg, in_channels, channels, 1, conv_stride, bias=False),
+                build_norm_layer(norm_cfg, channels)[1],
             )
         self.with_cp = with_cp
-        self.fast_path = build_part(fast_path, out_channels) if fast_path else None
+        self.fast_path = build_part(fast_path, channels) if fast_path else None
+
+    def _geometry(self, planes: int, stride: int, dilation: int, style: str) -> list[Layer]:
+        """Return the shapes of the convolutions of the branch."""
+        raise NotImplementedError
+
+    def _add_layer(self, conv_cfg: dict | None, norm_cfg: dict, channels: int, to: Layer) -> None:
+        """Add the next convolution and its norm, named ``conv1`` and, if a batch norm, ``bn1``."""
+        number, halo = len(self.norm_names) + 1, to.dilation * (to.kernel_size // 2)
+        place = dict(stride=to.stride, padding=halo, dilation=to.dilation)
+        conv = build_conv_layer(
+            conv_cfg, channels, to.channels, to.kernel_size, bias=False, **place
+        )
+        self.add_module(f'conv{number}', conv)
+        name, norm = build_norm_layer(norm_cfg, to.channels, postfix=number)
+        self.add_module(name, norm)
+        self.norm_names.append(name)
+        self.halo += halo
+
+    def _add_plugin(self, position: str, cfg: dict) -> None:
+        positions = ('after_conv1', 'after_conv2', 'after_conv3')
+        if position not in positions:
+            raise ValueError(f'plugins must have a position of {positions}, got {position!r}')
+        i = positions.index(position)
+        postfix, channels = cfg.pop('postfix', ''), self.layers[i][0].out_channels
+        name, plugin = build_plugin_layer(cfg, postfix, in_channels=channels)
+        if hasattr(self, name):
+            raise ValueError(f'plugins of one type must have different postfixes, got {name} twice')
+        self.add_module(name, plugin)
+        self.plugin_names[i].append(name)
+
+    @property
+    def layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The convolutions of the branch with their norms."""
+        names = enumerate(self.norm_names, 1)
+        return [(getattr(self, f'conv{i}'), getattr(self, name)) for i, name in names]
+
+    def obstacle(self) -> str | None:
+        """Return the type of a part for which the block cannot be evaluated in cells, if any."""
+        for conv, norm in self.layers:
+            if type(conv) is not nn.Conv2d:
+                return type(conv).__name__
+            if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
+                return type(norm).__name__
+        for name in chain(*self.plugin_names):
+            return type(getattr(self, name)).__name__
+        return None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the block's output (B, C, H', W').
@@ -101,7 +190,7 @@ class ResidualBlock(BaseModule):
             out = out * mask
             if self.fast_path is not None:
                 fast = self.fast_path(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-                out = out + fast * (1 - mask)
+                out = out + fast.to(out.dtype) * (1 - mask)
         out += self._identity(x)
         return self.relu(out)
 
@@ -117,14 +206,14 @@ class ResidualBlock(BaseModule):
         slow = None
         if len(kept.inner) > 0:
             with region('slow path'):
-                slow = self._branch_in_cells(table, cells)
+                slow = self._branch_in_cells(table, cells).to(table.dtype)
             with region('gather'):
                 slow += table.index_select(0, kept.inner)
         if self.fast_path is not None:
             with region('gather'):
                 x = table.index_select(0, cells.dropped)
             with region('fast path'):
-                fast = self.relu(self.fast_path(x) + x)
+                fast = self.relu(self.fast_path(x).to(x.dtype) + x)
             with region('scatter'):
                 put_rows(table, cells.dropped, fast)
         if slow is not None:
@@ -134,6 +223,8 @@ class ResidualBlock(BaseModule):
     def _identity(self, x: Tensor) -> Tensor:
         if self.downsample is None:
             return x
+        if not is_plain(self.downsample, nn.Sequential):
+            return self.downsample(x)
         *pool, conv, norm = self.downsample
         for layer in pool:
             x = layer(x)
@@ -141,130 +232,80 @@ class ResidualBlock(BaseModule):
 
     def _branch(self, x: Tensor) -> Tensor:
         """Return the residual (B, C, H', W') of a map."""
-        raise NotImplementedError
+        layers = self.layers
+        for i, (conv, norm) in enumerate(layers):
+            x = conv_norm(x, conv, norm)
+            if i < len(layers) - 1:
+                x = self.relu(x)
+            for name in self.plugin_names[i]:
+                x = getattr(self, name)(x.contiguous())
+        return x
 
     def _branch_in_cells(self, table: Tensor, cells: Cells) -> Tensor:
         """Return the residual of the kept cells' positions, (K * g * g, C)."""
         raise NotImplementedError
 
-    def _fused_conv(
-        self, table: Tensor, cells: Cells, conv: nn.Conv2d, norm: nn.Module, relu: bool
-    ) -> Tensor:
-        """Apply the first layer everywhere and the given one in kept cells, (K, C, g, g)."""
-        x = table_map(table, cells.batch, cells.hw)
-        x = self.relu(conv_norm(x, self.conv1, self.bn1))
-        cell_conv = get_kernel('cell_conv', 'triton')
-        weight, bias = fold_norm(conv, norm)
+    def _fused_conv(self, table: Tensor, cells: Cells, relu: bool) -> Tensor:
+        """Apply the first layer everywhere and the second one in kept cells, (K, C, g, g)."""
+        first, (conv, norm) = self.layers[:2]
+        if not can_fold(conv, norm):
+            raise ValueError(
+                'conv2 and its norm must be a convolution and a batch norm without hooks or '
+                f"adapters with execution 'triton', got {conv} and {norm}"
+            )
+        x = self.relu(conv_norm(table_map(table, cells.batch, cells.hw), *first))
+        # Under autocast the parameters are float32.
+        weight, bias = (value.to(x.dtype) for value in fold_norm(conv, norm))
+        cell_conv = get_kernel('cell_conv')
         return cell_conv(x, cells.index, cells.size, weight, bias, conv.dilation[0], relu)
 
 
 class BasicBlock(ResidualBlock):
-    """Two 3 x 3 convolutions (He et al., fig. 5 left).
-
-    Args:
-        in_channels: Channels of the input.
-        planes: Channels of the convolutions.
-        stride: Of the first convolution.
-        dilation: Of the first convolution.
-        style: Not used, see :class:`Bottleneck`.
-        norm_cfg: Normalization.
-        **kwargs: Further arguments of :class:`ResidualBlock`.
-    """
+    """Two 3 x 3 convolutions (He et al., fig. 5 left)."""
 
     expansion = 1
 
-    def __init__(
-        self,
-        in_channels: int,
-        planes: int,
-        stride: int,
-        dilation: int,
-        style: str,
-        norm_cfg: dict,
-        **kwargs,
-    ) -> None:
-        super().__init__(in_channels, planes, stride, norm_cfg=norm_cfg, **kwargs)
-        self.halo = dilation + 1
-        self.conv1 = nn.Conv2d(
-            in_channels, planes, 3, stride, padding=dilation, dilation=dilation, bias=False
-        )
-        self.bn1 = build_norm_layer(norm_cfg, planes)[1]
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = build_norm_layer(norm_cfg, planes)[1]
-
-    def _branch(self, x: Tensor) -> Tensor:
-        x = self.relu(conv_norm(x, self.conv1, self.bn1))
-        return conv_norm(x, self.conv2, self.bn2)
+    def _geometry(self, planes: int, stride: int, dilation: int, style: str) -> list[Layer]:
+        return [Layer(planes, 3, stride, dilation), Layer(planes, 3)]
 
     def _branch_in_cells(self, table: Tensor, cells: Cells) -> Tensor:
         if cells.fused:
-            return tile_rows(self._fused_conv(table, cells, self.conv2, self.bn2, relu=False))
+            return tile_rows(self._fused_conv(table, cells, relu=False))
+        first, second = self.layers
         side, tile = cells.size + 2 * self.halo, cells.kept.tile
         with region('gather'):
             x = take_tiles(table, tile, side)
-        x = self.relu(conv_norm(x, self.conv1, self.bn1, padding=0))
+        margin = self.halo - 1
+        x = self.relu(conv_norm(x, *first, halo=margin))
         # The second convolution is padded with zeros, not with what the first gives there.
         inside = tile.view(-1, 1, side, side) < len(table) - 2
-        margin = self.halo - 1
         x = x * inside[:, :, margin:-margin, margin:-margin].to(x.dtype)
-        return tile_rows(conv_norm(x, self.conv2, self.bn2, padding=0))
+        return tile_rows(conv_norm(x, *second, halo=1))
 
 
 class Bottleneck(ResidualBlock):
-    """1 x 1, 3 x 3 and 1 x 1 convolution (He et al., fig. 5 right).
-
-    Args:
-        in_channels: Channels of the input.
-        planes: Channels of the first two convolutions; the output has four times as many.
-        stride: Of the second convolution in style 'pytorch', of the first in style 'caffe'.
-        dilation: Of the second convolution.
-        style: 'pytorch' or 'caffe'.
-        norm_cfg: Normalization.
-        **kwargs: Further arguments of :class:`ResidualBlock`.
-    """
+    """1 x 1, 3 x 3 and 1 x 1 convolution (He et al., fig. 5 right)."""
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_channels: int,
-        planes: int,
-        stride: int,
-        dilation: int,
-        style: str,
-        norm_cfg: dict,
-        **kwargs,
-    ) -> None:
-        super().__init__(in_channels, 4 * planes, stride, norm_cfg=norm_cfg, **kwargs)
-        self.halo = dilation
-        stride1, stride2 = (1, stride) if style == 'pytorch' else (stride, 1)
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, stride1, bias=False)
-        self.bn1 = build_norm_layer(norm_cfg, planes)[1]
-        self.conv2 = nn.Conv2d(
-            planes, planes, 3, stride2, padding=dilation, dilation=dilation, bias=False
-        )
-        self.bn2 = build_norm_layer(norm_cfg, planes)[1]
-        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
-        self.bn3 = build_norm_layer(norm_cfg, 4 * planes)[1]
-
-    def _branch(self, x: Tensor) -> Tensor:
-        x = self.relu(conv_norm(x, self.conv1, self.bn1))
-        x = self.relu(conv_norm(x, self.conv2, self.bn2))
-        return conv_norm(x, self.conv3, self.bn3)
+    def _geometry(self, planes: int, stride: int, dilation: int, style: str) -> list[Layer]:
+        first, second = (1, stride) if style == 'pytorch' else (stride, 1)
+        last = Layer(4 * planes, 1)
+        return [Layer(planes, 1, first), Layer(planes, 3, second, dilation), last]
 
     def _branch_in_cells(self, table: Tensor, cells: Cells) -> Tensor:
+        first, second, third = self.layers
         if cells.fused:
-            x = self._fused_conv(table, cells, self.conv2, self.bn2, relu=True)
-            return tile_rows(conv_norm(x, self.conv3, self.bn3))
+            x = self._fused_conv(table, cells, relu=True)
+            return tile_rows(conv_norm(x, *third))
         kept = cells.kept
         with region('gather'):
             # As one image of R x 1 positions: R images of one position are several times slower.
             near = table.index_select(0, kept.near).view(1, -1, 1, table.shape[1])
-        near = conv_norm(near.permute(0, 3, 1, 2), self.conv1, self.bn1)
-        near = tile_rows(self.relu(near))
+        near = tile_rows(self.relu(conv_norm(near.permute(0, 3, 1, 2), *first)))
         with region('gather'):
             # One more row, of zeros, for the padding of the 3 x 3 convolution.
             near = nn.functional.pad(near, (0, 0, 0, 1))
             x = take_tiles(near, kept.tile_of_near, cells.size + 2 * self.halo)
-        x = self.relu(conv_norm(x, self.conv2, self.bn2, padding=0))
-        return tile_rows(conv_norm(x, self.conv3, self.bn3))
+        x = self.relu(conv_norm(x, *second, halo=self.halo))
+        return tile_rows(conv_norm(x, *third))

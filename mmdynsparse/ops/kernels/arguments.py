@@ -1,4 +1,4 @@
-"""What the forms of an op share: weights as values, and checks of the arguments.
+"""Arguments of the kernels: weights as values, and their checks.
 
 Nothing here looks at a tensor's values, which would wait for the device.
 """
@@ -70,7 +70,7 @@ def check_sparse_mlp(
     """Check shapes and types of the arguments of ``sparse_mlp``.
 
     Raises:
-        ValueError: One of them does not fit; the message says which.
+        ValueError: If one of them does not fit; the message says which.
     """
     if x_PC.ndim != 2:
         raise ValueError(f'x_PC must have 2 dimensions, got shape {tuple(x_PC.shape)}')
@@ -88,7 +88,8 @@ def check_sparse_mlp(
     _check_weights('mlp', mlp, c, shapes)
     if fast is not None:
         _check_weights('fast', fast, c, dict(weight=(c, c), bias=(c,)))
-    _check_dtype(x_PC, tensors_of(residual_PC, mlp, fast or ()))
+    matrices = [mlp.weight1, mlp.weight2] + ([] if fast is None else [fast.weight])
+    _check_dtypes(tensors_of(x_PC, residual_PC, mlp, fast or ()), 'matrices', matrices)
 
 
 def check_cell_conv(
@@ -102,7 +103,7 @@ def check_cell_conv(
     """Check shapes and types of the arguments of ``cell_conv``.
 
     Raises:
-        ValueError: One of them does not fit; the message says which.
+        ValueError: If one of them does not fit; the message says which.
     """
     if x_BCHW.ndim != 4:
         raise ValueError(f'x_BCHW must have 4 dimensions, got shape {tuple(x_BCHW.shape)}')
@@ -123,7 +124,8 @@ def check_cell_conv(
     _check_shape('weight', weight, (weight.shape[0], x_BCHW.shape[1], *weight.shape[2:]))
     if bias is not None:
         _check_shape('bias', bias, (weight.shape[0],))
-    _check_dtype(x_BCHW, tensors_of(weight, bias))
+    tensors = tensors_of(x_BCHW, weight, bias)
+    _check_dtypes(tensors, 'input, weight and bias', tensors)
 
 
 def _check_weights(
@@ -148,11 +150,11 @@ def _check_index(name: str, index: Tensor) -> None:
         )
 
 
-def _check_dtype(x: Tensor, others: list[Tensor]) -> None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f'the input must be float32, float16 or bfloat16, got {x.dtype}')
-    for other in others:
-        if other.dtype != x.dtype:
-            raise ValueError(
-                f"residual and weights must have the input's dtype {x.dtype}, got {other.dtype}"
-            )
+def _check_dtypes(tensors: list[Tensor], names: str, alike: list[Tensor]) -> None:
+    for x in tensors:
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f'tensors must be float32, float16 or bfloat16, got {x.dtype}')
+
+    for x in alike[1:]:
+        if x.dtype != alike[0].dtype:
+            raise ValueError(f'{names} must have one dtype {alike[0].dtype}, got {x.dtype}')

@@ -1,4 +1,4 @@
-"""Parts of all Triton forms: checks, tuning, the matrix product.
+"""Parts of all Triton kernels: checks, tuning, the matrix product.
 
 In Triton's interpreter (``TRITON_INTERPRET=1`` before this module is imported) the kernels run on
 the CPU, for tests. It holds bfloat16 as raw bits, so that a product of them has to be widened to
@@ -44,8 +44,8 @@ def tuned(kernel: Callable, key: list[str], more_half_blocks: tuple = ()) -> Cal
     """Choose a kernel's blocks by timing, once for each value of the arguments in ``key``.
 
     Args:
-        kernel: Has the arguments BLOCK_M, BLOCK_N and BLOCK_K and a first argument of the dtype
-            of its products.
+        kernel: Has the arguments BLOCK_M, BLOCK_N, BLOCK_K and weight_ptr, of the dtype of its
+            products.
         key: Names of arguments; dtypes count by themselves.
         more_half_blocks: Blocks to try beside ``HALF_BLOCKS``. Defaults to none.
     """
@@ -55,8 +55,7 @@ def tuned(kernel: Callable, key: list[str], more_half_blocks: tuple = ()) -> Cal
     full = [_config(*blocks) for blocks in FLOAT_BLOCKS]
 
     def fitting(configs: list, arguments: dict, **kwargs: object) -> list:
-        tensor = arguments[kernel.arg_names[0]]
-        return full if tensor.dtype == torch.float32 else half
+        return full if arguments['weight_ptr'].dtype == torch.float32 else half
 
     return triton.autotune(half + full, key, prune_configs_by={'early_config_prune': fitting})(
         kernel
@@ -81,22 +80,22 @@ def widen(x: Tensor) -> bool:
 
 
 def check_launch(op: str, tensors: list[Tensor]) -> None:
-    """Check that a Triton form can take these tensors.
+    """Check that a kernel can take these tensors.
 
     Raises:
-        ValueError: A tensor is not on a CUDA device (outside of the interpreter).
-        RuntimeError: A tensor needs a gradient.
+        ValueError: If a tensor is not on a CUDA device (outside of the interpreter).
+        RuntimeError: If a tensor needs a gradient.
     """
     for tensor in tensors:
         if not (tensor.is_cuda or INTERPRETED):
             raise ValueError(
-                f"the 'triton' form of {op} takes tensors on a CUDA device, got one on "
-                f"{tensor.device}; use the 'torch' form"
+                f'{op} takes tensors on a CUDA device, got one on {tensor.device}; use execution '
+                "'gather' there"
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                f"the 'triton' form of {op} has no backward pass, and an input requires a "
-                "gradient; call it under torch.no_grad() or use the 'torch' form"
+                f'{op} has no backward pass, and an input requires a gradient; call it under '
+                "torch.no_grad() or use execution 'gather'"
             )
 
 

@@ -1,4 +1,4 @@
-"""Triton form of ``cell_conv``: a convolution at chosen cells as an implicit matrix product.
+"""Triton kernel ``cell_conv``: a convolution at chosen cells as an implicit matrix product.
 
 A row of the product is an output position of a chosen cell, a column an output channel, and the
 sum runs over taps and input channels. Input positions are read where they lie, so there is no
@@ -31,11 +31,23 @@ def cell_conv(
 ) -> Tensor:
     """Convolve a map at chosen square cells only, with stride 1 and zeros around the map.
 
-    Arguments and result are those of the torch form, for tensors on a CUDA device.
+    Args:
+        x_BCHW: Feature maps, contiguous in channels_last.
+        cells_K: Flat int64 indices ``b * rows * cols + row * cols + col`` of the cells, where the
+            grid has ``rows = ceil(H / cell_size)`` and ``cols = ceil(W / cell_size)``.
+        cell_size: Side g of a cell, in positions.
+        weight: (C_out, C_in, k, k) with k 1 or 3; copied if it is not in channels_last.
+        bias: (C_out,) or None.
+        dilation: Of the convolution. Defaults to 1.
+        relu: Whether to end with a ReLU. Defaults to False.
+
+    Returns:
+        (K, C_out, g, g), contiguous in channels_last. Where a cell reaches over the map's edge,
+        the values outside of the map mean nothing and are to be cut off.
 
     Raises:
-        ValueError: Shapes, types or the device do not fit.
-        RuntimeError: An input requires a gradient.
+        ValueError: If shapes, types or the device do not fit.
+        RuntimeError: If an input requires a gradient.
     """
     check_cell_conv(x_BCHW, cells_K, cell_size, weight, bias, dilation)
     check_launch('cell_conv', tensors_of(x_BCHW, cells_K, weight, bias))

@@ -1,4 +1,4 @@
-"""Triton form of ``sparse_mlp``: three kernels, no gathered copy of the tokens.
+"""Triton kernels of ``sparse_mlp``: three, no gathered copy of the tokens.
 
 1. hidden: gather rows, LayerNorm, first product, bias, GELU -> hidden (K, H)
 2. output: second product, bias, LayerScale, residual, scatter to the kept rows
@@ -7,9 +7,8 @@
 The layer norm is applied to each block of rows on its way into the product rather than folded
 into weights and result (``rstd * (x @ W' - mean * sum(W'))``). Folding needs derived weights that
 must follow the parameters, and where a row's mean is large against its deviation it subtracts two
-large numbers. Here the normalised value is rounded once to the input's dtype, as in the torch
-form. Each program reads its rows twice, for the statistics and for the product; the second time
-they are in the cache.
+large numbers. Here the normalised value is rounded once to the dtype of the weight. Each program
+reads its rows twice, for the statistics and for the product; the second time they are in the cache.
 
 Inference only: training runs masked, with both paths everywhere. Statistics, sums, GELU and
 the update are float32, whatever the dtype of the tensors. Dimension letters: P tokens of the
@@ -35,11 +34,23 @@ def sparse_mlp(
 ) -> Tensor:
     """Add the slow path's update at kept tokens and the fast path's at dropped ones.
 
-    Arguments and result are those of the torch form, for tensors on a CUDA device.
+    Products are in the dtype of the matrices; all other tensors may have another, as they do under
+    autocast.
+
+    Args:
+        x_PC: Tokens (P, C), float32, float16 or bfloat16, the input of both paths.
+        residual_PC: What the update is added to, (P, C); may be ``x_PC`` itself.
+        kept_K: int64 positions of the kept tokens, in any order; one may be there several times.
+        dropped_M: int64 positions of all others, likewise; either may be empty.
+        mlp: The slow path.
+        fast: The fast path. Defaults to None, which leaves dropped tokens as they are.
+
+    Returns:
+        (P, C), in the dtype of ``residual_PC``; a new tensor.
 
     Raises:
-        ValueError: Shapes, types or the device do not fit.
-        RuntimeError: An input requires a gradient.
+        ValueError: If shapes, types or the device do not fit.
+        RuntimeError: If an input requires a gradient.
     """
     check_sparse_mlp(x_PC, residual_PC, kept_K, dropped_M, mlp, fast)
     check_launch('sparse_mlp', tensors_of(x_PC, residual_PC, kept_K, mlp, fast or ()))
@@ -55,7 +66,7 @@ def sparse_mlp(
 
 def _slow(x_PC: Tensor, residual_PC: Tensor, kept_K: Tensor, w: MlpWeights, out: Tensor) -> None:
     k, c, h = len(kept_K), x_PC.shape[1], len(w.bias1)
-    hidden_KH = x_PC.new_empty(k, h)
+    hidden_KH = w.weight1.new_empty(k, h)
     _hidden[grid_of(k, h)](
         x_PC,
         kept_K,
@@ -69,7 +80,7 @@ def _slow(x_PC: Tensor, residual_PC: Tensor, kept_K: Tensor, w: MlpWeights, out:
         w.eps,
         C=c,
         H=h,
-        WIDEN=widen(x_PC),
+        WIDEN=widen(w.weight1),
     )
     _output[grid_of(k, c)](
         hidden_KH,
@@ -83,7 +94,7 @@ def _slow(x_PC: Tensor, residual_PC: Tensor, kept_K: Tensor, w: MlpWeights, out:
         size_class(k),
         C=c,
         H=h,
-        WIDEN=widen(x_PC),
+        WIDEN=widen(w.weight1),
     )
 
 
@@ -103,7 +114,7 @@ def _fast(x_PC: Tensor, residual_PC: Tensor, rows: Tensor, w: LinearWeights, out
         size_class(m),
         w.eps,
         C=c,
-        WIDEN=widen(x_PC),
+        WIDEN=widen(w.weight),
     )
 
 

@@ -298,6 +298,22 @@ def test_bfloat16(build):
         assert model.eval().bfloat16()(x.bfloat16())[-1].dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_masked_equals_gathered_under_autocast(build):
+    """Parameters are float32 then; random decisions do not depend on rounding."""
+    for fast_path in ({}, dict(fast_path=dict(type='mmdynsparse.LinearFastPath', layer_scale=0.5))):
+        if fast_path and build.family == 'SparseVisionTransformer':
+            continue  # it has no fast path
+        model = build(sparsity=dict(selector='random', keep_ratio=0.5, **fast_path))
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            outs, masks = run_both(model, torch.randn(2, 3, 97, 130))
+        assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+        for masked, gathered in zip(*outs, strict=True):
+            assert masked.dtype == gathered.dtype
+            size = masked.abs().max().item()
+            torch.testing.assert_close(gathered, masked, atol=0.03 * size, rtol=0)
+
+
 def test_nan_input_is_refused_at_inference(build):
     with pytest.raises(ValueError, match='NaN'):
         build()(torch.full((1, 3, 64, 64), float('nan')))

@@ -43,6 +43,47 @@ def test_equals_gathered(name, fast, randomize, interpreted):
     assert 0.4 < model.decisions[0].mask.mean() <= 0.5
 
 
+@pytest.mark.parametrize('name', MODELS)
+@torch.no_grad()
+def test_autocast(name, randomize, interpreted):
+    """Parameters are float32 then, activations are not; layers that scale make them float32."""
+    scaled = dict(type='mmdynsparse.LinearFastPath', layer_scale=0.5)
+    # Random decisions do not depend on rounding.
+    model = randomize(MODELS[name](fast_path=scaled, selector='random'), std=0.1).eval()
+    x = torch.randn(2, 3, 70, 90)
+    outs = []
+    for execution in ('masked', 'gather', 'triton'):
+        model.execution = execution
+        torch.manual_seed(1)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            outs.append(model(x))
+    for masked, gathered, fused in zip(*outs, strict=True):
+        assert masked.dtype == gathered.dtype == fused.dtype
+        size = masked.abs().max().item()
+        torch.testing.assert_close(gathered, masked, atol=0.02 * size, rtol=0)
+        torch.testing.assert_close(fused, masked, atol=0.04 * size, rtol=0)
+
+
+@pytest.mark.parametrize('name', ['swin', 'convnext'])
+@torch.no_grad()
+def test_other_fast_paths_are_refused(name, interpreted):
+    model = MODELS[name](fast_path=LOW_RANK).eval()
+    model.execution = 'triton'
+    message = "must be LinearFastPath or None with execution 'triton', got LowRankFastPath"
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize('name', ['r18', 'r50'])
+@torch.no_grad()
+def test_adapters_are_refused_in_a_fused_convolution(name, randomize, interpreted):
+    model = MODELS[name]().eval()
+    model.execution = 'triton'
+    model.layer2[1].conv2.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match=r"conv2 and its norm must be .* execution 'triton', got"):
+        model(torch.randn(1, 3, 64, 64))
+
+
 @torch.no_grad()
 def test_trains_masked_all_the_same(randomize):
     model = randomize(MODELS['swin']()).train()

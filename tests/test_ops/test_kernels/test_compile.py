@@ -82,7 +82,7 @@ def check(binary, dtype, capability):
 
 
 def test_blocks_are_tuned_among_those_of_the_dtype(compiled):
-    compiled('sparse_mlp', 'triton')
+    compiled('sparse_mlp')
     common = import_module('mmdynsparse.ops.kernels.triton_common')
     tuner = import_module('mmdynsparse.ops.kernels.triton_mlp')._hidden
     for dtype, blocks in (
@@ -90,6 +90,6 @@ def test_blocks_are_tuned_among_those_of_the_dtype(compiled):
         (torch.bfloat16, common.HALF_BLOCKS),
     ):
         tensor = torch.zeros(1, dtype=dtype)
-        configs = tuner.early_config_prune(tuner.configs, dict(x_ptr=tensor))
+        configs = tuner.early_config_prune(tuner.configs, dict(weight_ptr=tensor))
         assert len(configs) == len(blocks)
         assert [c.kwargs['BLOCK_K'] for c in configs] == [b[2] for b in blocks]
