@@ -24,6 +24,7 @@ from ..ops import (
 )
 from ..ops.rows import plain_inference
 from .linear import Linear
+from .plain import is_plain
 
 
 class WindowMSA(BaseModule):
@@ -186,7 +187,10 @@ class ShiftWindowMSA(BaseModule):
     def _attend(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
         m, size, shift = self.w_msa, self.window_size, self.shift(hw)
         qkv = m.qkv(x_BNC).unflatten(1, hw)
-        q, k, v = window_partition(qkv, size, shift, m.qkv.bias, (3, m.num_heads))
+        padding = m.qkv.bias
+        if not is_plain(m.qkv, Linear):
+            padding = m.qkv(x_BNC.new_zeros(1, x_BNC.shape[2]))[0]
+        q, k, v = window_partition(qkv, size, shift, padding, (3, m.num_heads))
         out = m.attend(q, k, v, self._mask(hw, x_BNC.device))
         out = window_unpartition(out, hw, size, shift).reshape(x_BNC.shape)
         return self.proj_drop(m.proj(out))
@@ -211,10 +215,14 @@ class ShiftWindowMSA(BaseModule):
             padded_RC = torch.cat((x_RC, x_RC.new_zeros(1, c)))
         if rows.queries is None:
             return self._to_windows(qkv(padded_RC), rows.kv_rows, parts)
-        w_q, w_kv = qkv.weight.split((c, 2 * c))
-        b_q, b_kv = (None, None) if qkv.bias is None else qkv.bias.split((c, 2 * c))
-        q = linear(x_RC.index_select(0, rows.queries), w_q, b_q)
-        kv = linear(padded_RC, w_kv, b_kv)
+        if is_plain(qkv, Linear):
+            w_q, w_kv = qkv.weight.split((c, 2 * c))
+            b_q, b_kv = (None, None) if qkv.bias is None else qkv.bias.split((c, 2 * c))
+            q = linear(x_RC.index_select(0, rows.queries), w_q, b_q)
+            kv = linear(padded_RC, w_kv, b_kv)
+        else:
+            q = qkv(x_RC.index_select(0, rows.queries))[:, :c].contiguous()
+            kv = qkv(padded_RC)[:, c:].contiguous()
         return self._to_windows(q, rows.q_rows, 1) + self._to_windows(kv, rows.kv_rows, parts)
 
     def _to_windows(self, y: Tensor, rows: Tensor, parts: int) -> tuple[Tensor, ...]:

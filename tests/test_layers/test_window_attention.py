@@ -37,11 +37,31 @@ def test_small_maps_are_shifted_on_demand(randomize):
 
 def test_projections_never_see_the_padding():
     attn = ShiftWindowMSA(8, 2, 7, shift_size=3)
-    rows = []
-    for linear in (attn.w_msa.qkv, attn.w_msa.proj):
-        linear.register_forward_hook(lambda m, args, out: rows.append(args[0].numel() // 8))
-    attn(torch.randn(2, 9 * 8, 8), (9, 8))
-    assert rows == [2 * 9 * 8] * 2
+    tokens, slots = 2 * 9 * 8, 2 * 14 * 14
+    macs = count_macs(lambda: attn(torch.randn(2, 9 * 8, 8), (9, 8)))
+    assert macs == tokens * 4 * 8 * 8 + slots * 2 * 49 * 8
+
+
+@pytest.mark.parametrize('name', ['qkv', 'proj'])
+@torch.no_grad()
+def test_hooks_on_projections_are_not_skipped(name, randomize):
+    """In dense and in sparse attention, and for the padding: (9, 8) is not whole windows."""
+    swin = pytest.importorskip('mmseg.models.backbones.swin')
+    theirs = randomize(swin.ShiftWindowMSA(24, 3, 7, shift_size=3))
+    ours = ShiftWindowMSA(24, 3, 7, shift_size=3)
+    ours.load_state_dict(theirs.state_dict())
+    for attn in (theirs, ours):
+        layer = getattr(attn.w_msa, name)
+        layer.register_forward_hook(lambda module, args, out: 2 * out)
+    x = torch.randn(1, 72, 24)
+    expected = theirs(x, (9, 8))
+    torch.testing.assert_close(ours(x, (9, 8)), expected, atol=1e-5, rtol=0)
+    kept = torch.tensor([3, 17, 18, 60])
+    rows = ours.kept_rows(kept, 1, (9, 8))
+    assert rows.queries is not None
+    tokens = x[0] if rows.tokens is None else x[0].index_select(0, rows.tokens)
+    actual = ours(tokens, (9, 8), rows)
+    torch.testing.assert_close(actual, expected[0, kept], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('hw', HW)

@@ -13,9 +13,11 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn import ConvModule
 from mmseg.models.decode_heads import UPerHead
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...layers import is_plain
 from ...layers.cell_conv import KeptCells, channels_last, kept_cells
 from ...layers.conv_module import check_conv_modules, conv_module, norm_act
 from ...ops import (
@@ -43,7 +45,8 @@ class Coarse(NamedTuple):
         lateral: (B, C, h, w), the top-down path's sum of the second level.
         fine_in: (B, C, h, w), the first level's output where its cell is not kept.
         outs: Outputs of the levels from the second on.
-        rest: (B, C, h, w), the fusion convolution's sum over those levels.
+        rest: (B, C, h, w), the fusion convolution's sum over those levels, or None if it is called
+            as a whole.
         logits: (B, classes, h, w)
         features: (B, C, h, w), what they are classified from.
     """
@@ -51,7 +54,7 @@ class Coarse(NamedTuple):
     lateral: Tensor
     fine_in: Tensor
     outs: list[Tensor]
-    rest: Tensor
+    rest: Tensor | None
     logits: Tensor
     features: Tensor
 
@@ -125,13 +128,13 @@ class SparseUPerHead(UPerHead):
         if decision.keeps_all and not decision.mask.requires_grad:
             return self.cls_seg(self._forward_feature(inputs))
         plan = self.decider.plan(decision)
-        if plan.gathers:
+        if plan.gathers and self._reads_fusion:
             return self._in_cells(maps[0], coarse, plan)
         return self._masked(maps[0], coarse, decision)
 
     def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the features (B, C, H, W) of every location, without the second lever."""
-        if not self.resolution:
+        if not (self.resolution and self._reads_fusion):
             return super()._forward_feature(inputs)
         maps = [self._in_memory(x) for x in self._transform_inputs(inputs)]
         laterals = self._laterals(maps)
@@ -164,6 +167,17 @@ class SparseUPerHead(UPerHead):
             total = share + self._enlarge(total, share)
         return total
 
+    @property
+    def _reads_fusion(self) -> bool:
+        """Whether a level's share of the fusion can be computed; else it is called as a whole."""
+        fusion = self.fpn_bottleneck
+        return is_plain(fusion, ConvModule) and is_plain(fusion.conv, nn.Conv2d)
+
+    def _fuse(self, first: Tensor, outs: list[Tensor], light: bool = False) -> Tensor:
+        """Apply the fusion to the first level and the enlarged others."""
+        outs = [self._enlarge(out, first) for out in outs]
+        return conv_module(self.fpn_bottleneck, torch.cat([first, *outs], dim=1), light=light)
+
     def _share(self, level: int, x: Tensor, padding: int = 1) -> Tensor:
         """Apply the fusion convolution's weights for one level, without its bias."""
         weight = self.fpn_bottleneck.conv.weight.narrow(1, level * self.channels, self.channels)
@@ -189,8 +203,11 @@ class SparseUPerHead(UPerHead):
         first = conv_module(self.lateral_convs[0], F.adaptive_avg_pool2d(x, hw), light=True)
         first = conv_module(self.fpn_convs[0], first + laterals[0], light=True)
         outs = self._outs(laterals)
-        rest = self._rest(outs)
-        features = self._finish(self._share(0, first) + rest, light=True)
+        if self._reads_fusion:
+            rest = self._rest(outs)
+            features = self._finish(self._share(0, first) + rest, light=True)
+        else:
+            rest, features = None, self._fuse(first, outs, light=True)
         return Coarse(laterals[0], first, outs, rest, self.cls_seg(features), features)
 
     def _decide(self, coarse: Coarse, hw: tuple[int, int]) -> Decision:
@@ -219,11 +236,10 @@ class SparseUPerHead(UPerHead):
         if not self.training:
             # In training the fusion's batch statistics shall be those of the fine path alone.
             first = first * mask + self._enlarge(coarse.fine_in, x) * (1 - mask)
-        if self.resolution:
+        if self.resolution and self._reads_fusion:
             features = self._finish(self._share(0, first) + self._enlarge(coarse.rest, x))
         else:
-            outs = [self._enlarge(out, x) for out in coarse.outs]
-            features = self.fpn_bottleneck(torch.cat([first, *outs], dim=1))
+            features = self._fuse(first, coarse.outs)
         return self.cls_seg(features) * mask + self._enlarge(coarse.logits, x) * (1 - mask)
 
     def _in_cells(self, x: Tensor, coarse: Coarse, plan: Plan) -> Tensor:

@@ -15,13 +15,13 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from ...layers.cell_conv import check_half_size, kept_cells
+from ...layers.conv_norm import convolve
 from ...ops import (
     Decision,
     Plan,
     cell_mask,
     cell_means,
     keep_all,
-    linear,
     region,
     table_map,
     tile_rows,
@@ -135,10 +135,8 @@ class SparseRPNHead(RPNHead):
         cells = kept_cells(plan, x, level)
         tiles = cells.tiles_of_map(x)
         with region('slow path'):
-            tiles = F.conv2d(tiles, self.rpn_conv.weight, self.rpn_conv.bias)
-            kept = F.relu(tile_rows(tiles))
-            parts = (self.rpn_cls, self.rpn_reg)
-            kept = [linear(kept, part.weight.flatten(1), part.bias) for part in parts]
+            tiles = F.relu(convolve(tiles, self.rpn_conv, halo=1))
+            kept = [tile_rows(part(tiles)) for part in (self.rpn_cls, self.rpn_reg)]
         with region('scatter'):
             # Of the convolution's dtype, which autocast may have chosen.
             table = kept[0].new_zeros(batch * hw[0] * hw[1] + 2, anchors + outs)

@@ -271,6 +271,28 @@ def test_compiles_and_exports(resolution):
     torch.testing.assert_close(run(head, maps()), expected)
 
 
+def double(module, args, out):
+    return 2 * out
+
+
+@pytest.mark.parametrize(
+    'name', ['fpn_bottleneck', 'fpn_bottleneck.conv', 'fpn_convs.0.conv', 'lateral_convs.0']
+)
+def test_hooks_on_layers_are_not_skipped(name):
+    """What somebody puts around a layer, such as an adapter, acts in both executions."""
+    head = build(dict(keep_ratio=0.4))
+    before = run(head, maps())
+    head.get_submodule(name).register_forward_hook(double)
+    gathered = run(head, maps())
+    torch.testing.assert_close(gathered, run(head, maps(), 'masked'), atol=1e-4, rtol=1e-4)
+    assert (gathered - before).abs().max() > 1e-2
+    head.decider.set_keep_ratio(1.0)
+    head.resolution = False
+    dense = dense_of(head)
+    dense.get_submodule(name).register_forward_hook(double)
+    torch.testing.assert_close(run(head, maps()), dense(maps()), atol=1e-4, rtol=1e-4)
+
+
 BAD = {
     'resolution': (dict(resolution=1), 'resolution must be True or False, got 1'),
     'unknown': (dict(keep_rate=0.5), r'takes the keys .* got \[.keep_rate'),

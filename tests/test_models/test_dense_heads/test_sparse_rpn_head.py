@@ -213,6 +213,18 @@ def test_losses_of_a_validation_are_those_of_training():
     torch.testing.assert_close(losses[2], losses[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['rpn_conv', 'rpn_cls', 'rpn_reg'])
+def test_hooks_on_layers_are_not_skipped(name):
+    head = build({})
+    before = run(head, features())
+    head.get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out)
+    gathered = run(head, features())
+    close(gathered, run(head, features(), 'masked'))
+    changed = [(a - b).abs() for x, y in zip(gathered, before, strict=True) for a, b in zip(x, y)]
+    assert max(x[x.isfinite()].max() for x in changed) > 1e-3
+
+
 def test_one_level():
     with pytest.raises(ValueError, match='at least 2 levels, got 1'):
         build(dict(keep_ratio=0.5))(maps()[:1])
