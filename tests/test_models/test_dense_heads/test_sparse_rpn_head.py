@@ -221,7 +221,11 @@ def test_hooks_on_layers_are_not_skipped(name):
     head.get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out)
     gathered = run(head, features())
     close(gathered, run(head, features(), 'masked'))
-    changed = [(a - b).abs() for x, y in zip(gathered, before, strict=True) for a, b in zip(x, y)]
+    changed = [
+        (a - b).abs()
+        for x, y in zip(gathered, before, strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
     assert max(x[x.isfinite()].max() for x in changed) > 1e-3
 
 
