@@ -11,12 +11,8 @@ MODEL_PARTS = ('backbone', 'neck', 'head', 'whole')
 
 def available_parts(model: nn.Module) -> tuple[str, ...]:
     """Return which of ``MODEL_PARTS`` a model has."""
-    missing = set()
-    if getattr(model, 'neck', None) is None:
-        missing.add('neck')
-    if _head(model) is None:
-        missing.add('head')
-    return tuple(part for part in MODEL_PARTS if part not in missing)
+    parts = {'neck': getattr(model, 'neck', None), 'head': _head(model)}
+    return tuple(name for name in MODEL_PARTS if parts.get(name, model) is not None)
 
 
 def tensor_modules(model: nn.Module) -> list[nn.Module]:
@@ -70,14 +66,6 @@ def to_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
 
     if dtype != torch.float32:
         model.data_preprocessor.register_forward_hook(cast)
-
-
-def patch_size(backbone: nn.Module) -> int:
-    """Return the stride of a backbone's first convolution, the side of a patch in px."""
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            return max(module.stride)
-    return 1
 
 
 def _head(model: nn.Module) -> Callable[[Sequence[Tensor], list], object] | None:

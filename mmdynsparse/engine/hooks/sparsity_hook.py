@@ -1,7 +1,8 @@
 """Ratio loss and measured keep rates of sparse models."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from mmengine.dist import all_reduce
@@ -176,6 +177,23 @@ class KeepRateMeter:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
+
+
+@contextmanager
+def recorded_keep_rates(model: nn.Module) -> Iterator[list[float]]:
+    """Record what share of the locations the predictors of a model keep outside of training.
+
+    Yields:
+        A list that gets, at the end, the share that each predictor kept, in the order of the
+        modules: the mean over the images of all calls, of which a sliding window makes several an
+        image. Those of a part that did not run are left out.
+    """
+    meter, rates = KeepRateMeter(list(deciders(model).values())), []
+    try:
+        yield rates
+    finally:
+        meter.close()
+    rates += [rate for rate in meter.pop() if rate == rate]  # NaN without a call
 
 
 def sparsity_losses(
