@@ -21,6 +21,7 @@ SEGMENTOR, RPN = 'decode_head', 'rpn_head'
 ROI_HEAD = 'roi_head'
 ROI, ROI_INPUT = 'roi_head.bbox_head', 'roi_head.bbox_roi_extractor'
 IN_ROI_HEAD = f'{ROI_HEAD}.'
+LOSS_NAMES = {SEGMENTOR: 'logits', RPN: 'rpn', ROI: 'roi'}
 
 
 class Batch(NamedTuple):

@@ -16,10 +16,9 @@ from ...models.calls import Call, CallRecorder
 from ...registry import HOOKS
 from ..distillation import (
     IN_ROI_HEAD,
+    LOSS_NAMES,
     ROI,
     ROI_INPUT,
-    RPN,
-    SEGMENTOR,
     Batch,
     feature_loss,
     find_module,
@@ -33,7 +32,6 @@ from ..distillation import (
 from ..runs import bare_model
 from ..teacher import check_teacher, copy_student, load_teacher
 
-LOSS_NAMES = {SEGMENTOR: 'logits', RPN: 'rpn', ROI: 'roi'}
 # Side of the empty image, in px, on which both models are compared before training.
 EMPTY_IMAGE = 128
 
@@ -81,9 +79,8 @@ class DistillationHook(Hook):
         temperature: float = 1.0,
         features: Mapping[str, float | Sequence[float] | Mapping] | None = None,
     ) -> None:
-        if teacher != 'self' and (
-            not isinstance(teacher, Mapping) or set(teacher) != {'config', 'checkpoint'}
-        ):
+        is_named = isinstance(teacher, Mapping) and set(teacher) == {'config', 'checkpoint'}
+        if teacher != 'self' and not is_named:
             raise ValueError(
                 f"teacher must be 'self' or dict(config=..., checkpoint=...), got {teacher!r}"
             )
