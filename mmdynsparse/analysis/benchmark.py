@@ -46,10 +46,6 @@ class Plan:
 def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
     """Measure every part for every batch and input size; dense and sparse alternate.
 
-    Args:
-        pair: Both models on the device of the plan.
-        plan: What to measure.
-
     Yields:
         For each batch size, input size and part the rows of all variants, the dense one first:
         part, mode, batch, size (HxW, px), model, keep_ratios and kept (target and measured share

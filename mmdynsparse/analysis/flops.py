@@ -31,16 +31,16 @@ def count_macs(model_or_fn: nn.Module | Callable, *inputs: object) -> int:
     Returns:
         Number of multiply-adds (1e9 of them are one GMAC).
     """
-    modules = list(model_or_fn.modules()) if isinstance(model_or_fn, nn.Module) else []
-    modes = [module.training for module in modules]
+    modules = model_or_fn.modules() if isinstance(model_or_fn, nn.Module) else ()
+    modes = {module: module.training for module in modules}
     counter = FlopCounterMode(display=False)
     try:
-        for module in modules:
+        for module in modes:
             module.training = False
         with torch.no_grad(), plain_attention(), counter:
             model_or_fn(*inputs)
     finally:
-        for module, mode in zip(modules, modes, strict=True):
+        for module, mode in modes.items():
             module.training = mode
     return counter.get_total_flops() // 2
 

@@ -48,10 +48,7 @@ def compare_latency(
                 elapsed = _now() - start
                 if i >= warmup:
                     times[name].append(1e3 * elapsed)
-    return {
-        name: Latency(*(float(v) for v in np.percentile(values, (50, 10, 90))))
-        for name, values in times.items()
-    }
+    return {n: Latency(*np.percentile(ms, (50, 10, 90)).tolist()) for n, ms in times.items()}
 
 
 def _now() -> float:

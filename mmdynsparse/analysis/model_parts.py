@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..engine.distillation import is_single
+
 MODEL_PARTS = ('backbone', 'neck', 'head', 'whole')
 
 
@@ -17,8 +19,8 @@ def available_parts(model: nn.Module) -> tuple[str, ...]:
 
 def tensor_modules(model: nn.Module) -> list[nn.Module]:
     """Return the parts that are functions of tensors alone, and so may be compiled or captured."""
-    parts = (_single(model, name) for name in ('backbone', 'neck', 'decode_head'))
-    return [part for part in parts if part is not None]
+    names = ('backbone', 'neck', 'decode_head')
+    return [getattr(model, name) for name in names if is_single(model, name)]
 
 
 def part_calls(
@@ -74,15 +76,9 @@ def _head(model: nn.Module) -> Callable[[Sequence[Tensor], list], object] | None
         return partial(_two_stage, model)
     if hasattr(model, 'bbox_head'):
         return model.bbox_head.predict
-    if _single(model, 'decode_head') is not None:
+    if is_single(model, 'decode_head'):
         return lambda features, samples: model.decode_head(features)
     return None
-
-
-def _single(model: nn.Module, name: str) -> nn.Module | None:
-    """Return a part that a model has once; mmseg's cascades have lists of heads."""
-    part = getattr(model, name, None)
-    return None if isinstance(part, nn.ModuleList) else part
 
 
 def _two_stage(model: nn.Module, features: Sequence[Tensor], samples: list) -> list:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from operator import attrgetter
 
 import torch
@@ -155,12 +156,8 @@ def _cpu_peak(function: Callable[[], object], device: torch.device) -> int:
     with _profile(device, profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]']
-    held = peak = 0
-    for _, size in sorted(changes, key=lambda change: change[0]):
-        held += size
-        peak = max(peak, held)
-    return peak
+    changes = sorted((e for e in events if e.name() == '[memory]'), key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in changes), initial=0))
 
 
 @contextmanager
