@@ -5,10 +5,7 @@ mmengine imports this module by itself when a config names a type with the scope
 a config needs no ``custom_imports``.
 """
 
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
+from mmengine import registry
 from mmengine.registry import Registry
 
 
@@ -34,18 +31,12 @@ class ModelRegistry(Registry):
 MODELS = ModelRegistry(
     'model',
     scope='mmdynsparse',
-    parent=MMENGINE_MODELS,
+    parent=registry.MODELS,
     locations=['mmdynsparse.layers', 'mmdynsparse.models', 'mmdynsparse.models.optional_hosts'],
 )
-HOOKS = Registry(
-    'hook', scope='mmdynsparse', parent=MMENGINE_HOOKS, locations=['mmdynsparse.engine']
-)
+ENGINE = dict(scope='mmdynsparse', locations=['mmdynsparse.engine'])
+HOOKS = Registry('hook', parent=registry.HOOKS, **ENGINE)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    'optimizer wrapper constructor',
-    scope='mmdynsparse',
-    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
-    locations=['mmdynsparse.engine'],
+    'optimizer wrapper constructor', parent=registry.OPTIM_WRAPPER_CONSTRUCTORS, **ENGINE
 )
-STRATEGIES = Registry(
-    'strategy', scope='mmdynsparse', parent=MMENGINE_STRATEGIES, locations=['mmdynsparse.engine']
-)
+STRATEGIES = Registry('strategy', parent=registry.STRATEGIES, **ENGINE)

@@ -1,9 +1,8 @@
 """What a model costs beside its dense original: multiply-adds, time and memory."""
 
 from .dense import build_pair, dense_config
-from .flops import count_macs
+from .flops import CostMeter, count_macs
 from .latency import Latency, compare_latency
-from .module_costs import CostMeter
 from .profiling import breakdown, peak_memory
 
 __all__ = [

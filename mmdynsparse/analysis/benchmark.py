@@ -7,13 +7,13 @@ from itertools import product
 import torch
 from torch import nn
 
+from ..engine.hooks.sparsity_hook import recorded_keep_rates
 from ..models.calls import replaced_methods
 from ..models.decider import keep_ratios
 from .dense import Pair
 from .execution import forwards, with_keep_ratio
 from .flops import count_macs
 from .images import image_batch
-from .keep_rates import recorded_keep_rates
 from .latency import compare_latency
 from .model_parts import part_calls, tensor_modules
 from .profiling import breakdown, model_breakdown, peak_memory
@@ -25,42 +25,26 @@ DENSE = 'dense'
 class Plan:
     """What is measured.
 
-    Attributes:
-        scope: 'mmseg' or 'mmdet'.
-        parts: Some of ``MODEL_PARTS``.
-        batch_sizes: Images per call.
-        sizes: Heights and widths of the images, in px.
-        keep_ratios: For each sparse variant a number, a list with one for each predictor, or None
-            for the config's own.
-        device: Where the models are.
-        dtype: Of their weights.
-        mode: One of ``MODES``, for both sides. Heads of detectors always run eagerly.
-        rounds: Timed calls of each variant.
-        warmup: Calls before them.
-        image: File of an image, or None for noise.
-        seed: Of the noise.
+    A keep ratio is that of one sparse variant: a number, a list with one for each predictor, or
+    None for the config's own. The mode is that of both sides; heads of detectors run eagerly.
     """
 
-    scope: str
-    parts: Sequence[str]
-    batch_sizes: Sequence[int]
-    sizes: Sequence[tuple[int, int]]
+    scope: str  # 'mmseg' or 'mmdet'
+    parts: Sequence[str]  # some of MODEL_PARTS
+    batch_sizes: Sequence[int]  # images per call
+    sizes: Sequence[tuple[int, int]]  # heights and widths of the images, in px
     keep_ratios: Sequence[float | Sequence[float] | None]
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    mode: str = 'eager'
-    rounds: int = 30
-    warmup: int = 3
-    image: str | None = None
-    seed: int = 0
+    device: torch.device  # where the models are
+    dtype: torch.dtype = torch.float32  # of their weights
+    mode: str = 'eager'  # one of MODES
+    rounds: int = 30  # timed calls of each variant
+    warmup: int = 3  # calls before them
+    image: str | None = None  # file of an image, noise without one
+    seed: int = 0  # of the noise
 
 
 def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
     """Measure every part for every batch and input size; dense and sparse alternate.
-
-    Args:
-        pair: Both models on the device of the plan.
-        plan: What to measure.
 
     Yields:
         For each batch size, input size and part the rows of all variants, the dense one first:
@@ -78,12 +62,13 @@ def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
         models[f'sparse {i}'] = with_keep_ratio(pair.sparse, ratio)
     for batch, hw in product(plan.batch_sizes, plan.sizes):
         data = image_batch(batch, hw, plan.scope, plan.image, plan.seed)
-        calls = {
-            name: part_calls(model, plan.parts, data, plan.dtype) for name, model in models.items()
-        }
+        calls = {n: part_calls(m, plan.parts, data, plan.dtype) for n, m in models.items()}
         modules = [module for model in models.values() for module in tensor_modules(model)]
         replacements = forwards(modules, plan.mode)
         for part in plan.parts:
+            # Heads of detectors are not among the modules that are compiled or captured.
+            is_eager = part == 'head' and not hasattr(pair.dense, 'decode_head')
+            mode = 'eager' if is_eager else plan.mode
             costs = {name: _costs(models[name], part, calls[name][part], plan) for name in models}
             with replaced_methods(replacements):
                 latencies = compare_latency(
@@ -93,7 +78,7 @@ def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
             yield [
                 dict(
                     part=part,
-                    mode=_mode(models[name], part, plan.mode),
+                    mode=mode,
                     batch=batch,
                     size=f'{hw[0]}x{hw[1]}',
                     model=name.split()[0],
@@ -116,9 +101,3 @@ def _costs(model: nn.Module, part: str, call: Callable[[], object], plan: Plan) 
     elif part == 'whole':
         costs['breakdown'] = model_breakdown(model, call, plan.device, min(plan.rounds, 5))
     return dict(keep_ratios=keep_ratios(model), kept=kept, **costs)
-
-
-def _mode(model: nn.Module, part: str, mode: str) -> str:
-    """The mode that a part really runs in."""
-    runs_eagerly = part == 'head' and not hasattr(model, 'decode_head')
-    return 'eager' if runs_eagerly else mode

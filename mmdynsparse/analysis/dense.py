@@ -12,15 +12,10 @@ SCOPE = 'mmdynsparse.'
 
 
 class DenseConfig(NamedTuple):
-    """Config of a dense original.
-
-    Attributes:
-        model: The config of the model.
-        originals: For each sparse part, in the order of the config, what replaces it.
-    """
+    """Config of a dense original."""
 
     model: dict
-    originals: list[str]
+    originals: list[str]  # what replaces each sparse part, in the order of the config
 
 
 class Pair(NamedTuple):
@@ -65,13 +60,11 @@ def build_pair(model_cfg: Mapping) -> Pair:
         ValueError: If the config has no sparse part.
     """
     dense_cfg = dense_config(model_cfg)
-    pair = Pair(
-        MODELS.build(deepcopy(dict(model_cfg))), MODELS.build(dense_cfg.model), dense_cfg.originals
-    )
-    for model in (pair.sparse, pair.dense):
+    sparse, dense = MODELS.build(deepcopy(dict(model_cfg))), MODELS.build(dense_cfg.model)
+    for model in (sparse, dense):
         model.eval()  # mmseg's VisionTransformer does not return itself
-    share_weights(pair.sparse, pair.dense)
-    return pair
+    share_weights(sparse, dense)
+    return Pair(sparse, dense, dense_cfg.originals)
 
 
 def share_weights(sparse: nn.Module, dense: nn.Module) -> None:
@@ -99,9 +92,8 @@ def _replace(node: object, originals: list[str]) -> None:
         return
     is_sparse = node.pop('sparsity', None) is not None or 'sparsity' not in _arguments(sparse)
     original = _resolve(sparse.original)
-    if original is None:
-        name = f'{sparse.__name__} without sparsity (for {sparse.original})'
-    else:
+    name = f'{sparse.__name__} without sparsity (for {sparse.original})'
+    if original is not None:
         name = f'{original.__module__.split(".")[0]}.{original.__name__}'
         for argument in _arguments(sparse) - _arguments(original):
             node.pop(argument, None)

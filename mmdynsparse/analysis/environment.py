@@ -12,20 +12,15 @@ LIBRARIES = ('mmengine', 'mmcv', 'mmseg', 'mmdet', 'timm')
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """Describe the device, the threads and the versions of this process."""
-    versions = {name: _version(name) for name in LIBRARIES}
+    imported = {name: sys.modules[name] for name in LIBRARIES if name in sys.modules}
     return dict(
-        device=device_name(device),
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         torch=torch.__version__,
-        **{name: value for name, value in versions.items() if value is not None},
+        **{name: module.__version__ for name, module in imported.items()},
         date=datetime.now(timezone.utc).strftime('%Y-%m-%d'),
     )
-
-
-def device_name(device: torch.device) -> str:
-    """Return the model name of a device."""
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
 
 
 def cpu_name() -> str:
@@ -35,8 +30,3 @@ def cpu_name() -> str:
     names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
     name = names[0] if names else platform.processor() or platform.machine()
     return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
-
-
-def _version(module: str) -> str | None:
-    """Version of a module that has been imported."""
-    return getattr(sys.modules.get(module), '__version__', None)

@@ -65,7 +65,6 @@ class CudaGraph:
     def __init__(self, function: Callable) -> None:
         self.function = function
         self.graph = None
-        self.inputs = None
 
     def __call__(self, x: Tensor | Sequence[Tensor]) -> object:
         """Return the function's output, which the next call overwrites."""

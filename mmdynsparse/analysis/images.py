@@ -26,15 +26,14 @@ def image_batch(
         image: File of an image, which is resized and repeated. Defaults to None, noise.
         seed: Of the noise. Defaults to 0.
     """
-    rng = np.random.default_rng(seed)
+    if image is None:
+        rng = np.random.default_rng(seed)
+        pictures = [rng.integers(0, 256, (*hw, 3), np.uint8) for _ in range(batch)]
+    else:
+        pictures = [mmcv.imresize(mmcv.imread(image), hw[::-1])] * batch
     packer = TRANSFORMS.build(dict(type=PACKERS[scope], meta_keys=META_KEYS))
-    picture = None if image is None else mmcv.imresize(mmcv.imread(image), hw[::-1])
-    items = []
-    for _ in range(batch):
-        pixels = rng.integers(0, 256, (*hw, 3), np.uint8) if picture is None else picture
-        meta = dict(img_path=image or '', ori_shape=hw, img_shape=hw, scale_factor=(1.0, 1.0))
-        items.append(packer.transform(dict(img=pixels, **meta)))
-    return pseudo_collate(items)
+    meta = dict(img_path=image or '', ori_shape=hw, img_shape=hw, scale_factor=(1.0, 1.0))
+    return pseudo_collate([packer.transform(dict(img=picture, **meta)) for picture in pictures])
 
 
 def find_images(paths: Sequence[str]) -> list[str]:

@@ -43,24 +43,16 @@ def compare_latency(
     with torch.no_grad():
         for i in range(warmup + rounds):
             for name, function in functions.items():
-                elapsed = _time_call(function)
+                start = _now()
+                function()
+                elapsed = _now() - start
                 if i >= warmup:
-                    times[name].append(elapsed)
-    return {
-        name: Latency(*(float(v) for v in np.percentile(values, (50, 10, 90))))
-        for name, values in times.items()
-    }
+                    times[name].append(1e3 * elapsed)
+    return {n: Latency(*np.percentile(ms, (50, 10, 90)).tolist()) for n, ms in times.items()}
 
 
-def _time_call(function: Callable[[], object]) -> float:
-    """Time of one call in ms, the work it left on the GPU included."""
-    _synchronize()
-    start = time.perf_counter()
-    function()
-    _synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _synchronize() -> None:
+def _now() -> float:
+    """Time in s, after all work that was left on the GPU."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return time.perf_counter()

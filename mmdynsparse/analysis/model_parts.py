@@ -6,23 +6,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..engine.distillation import is_single
+
 MODEL_PARTS = ('backbone', 'neck', 'head', 'whole')
 
 
 def available_parts(model: nn.Module) -> tuple[str, ...]:
     """Return which of ``MODEL_PARTS`` a model has."""
-    missing = set()
-    if getattr(model, 'neck', None) is None:
-        missing.add('neck')
-    if _head(model) is None:
-        missing.add('head')
-    return tuple(part for part in MODEL_PARTS if part not in missing)
+    parts = {'neck': getattr(model, 'neck', None), 'head': _head(model)}
+    return tuple(name for name in MODEL_PARTS if parts.get(name, model) is not None)
 
 
 def tensor_modules(model: nn.Module) -> list[nn.Module]:
     """Return the parts that are functions of tensors alone, and so may be compiled or captured."""
-    parts = (_single(model, name) for name in ('backbone', 'neck', 'decode_head'))
-    return [part for part in parts if part is not None]
+    names = ('backbone', 'neck', 'decode_head')
+    return [getattr(model, name) for name in names if is_single(model, name)]
 
 
 def part_calls(
@@ -72,29 +70,15 @@ def to_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
         model.data_preprocessor.register_forward_hook(cast)
 
 
-def patch_size(backbone: nn.Module) -> int:
-    """Return the stride of a backbone's first convolution, the side of a patch in px."""
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            return max(module.stride)
-    return 1
-
-
 def _head(model: nn.Module) -> Callable[[Sequence[Tensor], list], object] | None:
     """Return the head as a function of features and data samples."""
     if hasattr(model, 'roi_head') and hasattr(model, 'rpn_head'):
         return partial(_two_stage, model)
     if hasattr(model, 'bbox_head'):
         return model.bbox_head.predict
-    if _single(model, 'decode_head') is not None:
+    if is_single(model, 'decode_head'):
         return lambda features, samples: model.decode_head(features)
     return None
-
-
-def _single(model: nn.Module, name: str) -> nn.Module | None:
-    """Return a part that a model has once; mmseg's cascades have lists of heads."""
-    part = getattr(model, name, None)
-    return None if isinstance(part, nn.ModuleList) else part
 
 
 def _two_stage(model: nn.Module, features: Sequence[Tensor], samples: list) -> list:

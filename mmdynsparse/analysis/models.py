@@ -6,23 +6,21 @@ from collections.abc import Sequence
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from torch import nn
 
 from ..utils.checkpoints import check_weights, read_checkpoint
 from ..utils.command_line.arguments import check_device
 from ..utils.command_line.launch import load_config
 from .dense import Pair, build_pair, share_weights
-from .model_parts import patch_size, to_device
+from .model_parts import to_device
 
 
 def load_models(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Config, Pair]:
-    """Build the model of the config and its dense original, with the weights that were asked for.
+    """Build the model of the config and its dense original, on the device and with their weights.
 
     Args:
         args: Arguments of an ``AnalysisParser``.
         dtype: Of weights and features.
-
-    Returns:
-        The config, and both models on the device.
 
     Raises:
         ValueError: If the config, the device or the checkpoint cannot be used.
@@ -47,7 +45,8 @@ def check_sizes(sizes: Sequence[tuple[int, int]], pair: Pair) -> None:
     Raises:
         ValueError: If one is.
     """
-    patch = patch_size(pair.sparse.backbone)
+    convs = (m for m in pair.sparse.backbone.modules() if isinstance(m, nn.Conv2d))
+    patch = next((max(conv.stride) for conv in convs), 1)  # the first convolution's stride
     for height, width in sizes:
         if min(height, width) < patch:
             raise ValueError(

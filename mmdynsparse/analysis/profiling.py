@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -68,13 +70,8 @@ def model_breakdown(
     """Split the time of a call of a model of mmseg or mmdet among its backbone, neck and heads.
 
     A head's time is that of its ``predict``: with the resizing or the choice of boxes that belongs
-    to it. ``rest`` is what the model does itself, above all pre- and post-processing.
-
-    Args:
-        model: The model, not compiled.
-        function: Calls its ``test_step``, without arguments. It runs without gradients.
-        device: As of :func:`breakdown`.
-        runs: Profiled calls, after one for warming up. Defaults to 5.
+    to it. ``rest`` is what the model does itself, above all pre- and post-processing. Arguments
+    are those of :func:`breakdown`; the function calls ``test_step``.
 
     Returns:
         Mean time in ms of each part that ran, in the order of the model, of 'rest' and 'whole'.
@@ -101,37 +98,28 @@ def _profiled(
                     function()
                 if device.type == 'cuda':
                     torch.cuda.synchronize()
-    split = _cuda_times if device.type == 'cuda' else _cpu_times
+    own_time = _kernel_time if device.type == 'cuda' else attrgetter('self_cpu_time_total')
     totals = defaultdict(float)
     for event in profiler.events():
         if event.name == WHOLE and event.device_type == DeviceType.CPU:
-            split(event, REST, totals, prefix)
+            _add_times(event, REST, totals, prefix, own_time)
     return defaultdict(float, {part: total / runs / 1e3 for part, total in totals.items()})
 
 
-def _cpu_times(event: object, part: str, totals: dict[str, float], prefix: str) -> None:
-    """Add the time of a range, less that of the ranges within it, to its part."""
-    totals[part] += event.time_range.elapsed_us()
-    for child, name in _ranges_within(event, prefix):
-        totals[part] -= child.time_range.elapsed_us()
-        _cpu_times(child, name, totals, prefix)
-
-
-def _ranges_within(event: object, prefix: str) -> Iterator[tuple[object, str]]:
+def _add_times(
+    event: object, part: str, totals: dict[str, float], prefix: str, own_time: Callable
+) -> None:
+    """Add the own time (us) of an event, and of all within it, to the innermost range around."""
+    totals[part] += own_time(event)
     for child in event.cpu_children:
-        if child.name.startswith(prefix):
-            yield child, child.name.removeprefix(prefix)
-        else:
-            yield from _ranges_within(child, prefix)
+        inner = child.name.removeprefix(prefix) if child.name.startswith(prefix) else part
+        _add_times(child, inner, totals, prefix, own_time)
 
 
-def _cuda_times(event: object, part: str, totals: dict[str, float], prefix: str) -> None:
-    """Add the time of every kernel to the innermost range that launched it."""
-    # The range itself may be among them, under its own name.
-    totals[part] += sum(k.duration for k in event.kernels if k.name != event.name)
-    for child in event.cpu_children:
-        inner = child.name.startswith(prefix)
-        _cuda_times(child, child.name.removeprefix(prefix) if inner else part, totals, prefix)
+def _kernel_time(event: object) -> float:
+    """Time (us) of the kernels that an event has launched itself."""
+    # The event itself may be among them, under its own name.
+    return sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float:
@@ -168,12 +156,8 @@ def _cpu_peak(function: Callable[[], object], device: torch.device) -> int:
     with _profile(device, profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]']
-    held = peak = 0
-    for _, size in sorted(changes, key=lambda change: change[0]):
-        held += size
-        peak = max(peak, held)
-    return peak
+    changes = sorted((e for e in events if e.name() == '[memory]'), key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in changes), initial=0))
 
 
 @contextmanager

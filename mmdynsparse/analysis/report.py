@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -39,19 +40,12 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 def latency_table(rows: Sequence[Mapping]) -> None:
     """Print latency, multiply-adds and memory of the rows of a benchmark."""
     header = ('part', 'batch', 'size', 'model', 'GMACs', 'median ms', 'p10', 'p90')
-    cells = [
-        (
-            row['part'],
-            str(row['batch']),
-            row['size'],
-            name(row),
-            *(f'{row[key]:.2f}' for key in ('gmacs', 'median', 'p10', 'p90')),
-            verdict(row),
-            f'{row["ideal"]:.2f} x',
-            f'{row["peak_mib"]:.1f}',
-        )
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        setting = (row['part'], str(row['batch']), row['size'], name(row))
+        costs = (f'{row[key]:.2f}' for key in ('gmacs', 'median', 'p10', 'p90'))
+        ideal, peak = f'{row["ideal"]:.2f} x', f'{row["peak_mib"]:.1f}'
+        cells.append((*setting, *costs, verdict(row), ideal, peak))
     print_table('latency', (*header, 'speed-up', 'by GMACs', 'peak MiB'), cells)
 
 
@@ -63,15 +57,10 @@ def breakdown_tables(rows: Sequence[Mapping]) -> None:
             groups[row['part']].append(row)
     for part, group in groups.items():
         columns = list(dict.fromkeys(key for row in group for key in row['breakdown']))
-        cells = [
-            (
-                name(row),
-                str(row['batch']),
-                row['size'],
-                *(f'{row["breakdown"].get(column, 0.0):.2f}' for column in columns),
-            )
-            for row in group
-        ]
+        cells = []
+        for row in group:
+            times = (f'{row["breakdown"].get(column, 0.0):.2f}' for column in columns)
+            cells.append((name(row), str(row['batch']), row['size'], *times))
         print_table('breakdown (ms, eager, profiled)', (part, 'batch', 'size', *columns), cells)
 
 
@@ -95,9 +84,9 @@ def plot_latency(rows: Sequence[Mapping], path: Path, title: str) -> None:
 
     The ideal line is the dense latency times the share of the dense multiply-adds.
     """
-    panels = {}
+    panels = defaultdict(list)
     for row in rows:
-        panels.setdefault((row['part'], row['batch'], row['size']), []).append(row)
+        panels[row['part'], row['batch'], row['size']].append(row)
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.5 * columns, 3.6 * lines), layout='constrained')
@@ -116,15 +105,15 @@ def _plot_panel(ax: object, rows: Sequence[Mapping]) -> None:
     dense, *sparse = rows
     sparse = sorted(sparse, key=_mean_ratio)
     ratios = [_mean_ratio(row) for row in sparse]
-    medians = [row['median'] for row in sparse]
-    spread = [
-        [row['median'] - row['p10'] for row in sparse],
-        [row['p90'] - row['median'] for row in sparse],
-    ]
+    median, p10, p90, ideal = (
+        np.array([row[key] for row in sparse]) for key in ('median', 'p10', 'p90', 'ideal')
+    )
     ax.axhline(dense['median'], color='black', label='dense')
-    ax.errorbar(ratios, medians, spread, marker='o', capsize=3, label='sparse, p10 to p90')
-    ideal = [dense['median'] / row['ideal'] for row in sparse]
-    ax.plot(ratios, ideal, '--', marker='.', color='gray', label='ideal, by GMACs')
+    spread = (median - p10, p90 - median)
+    ax.errorbar(ratios, median, spread, marker='o', capsize=3, label='sparse, p10 to p90')
+    ax.plot(
+        ratios, dense['median'] / ideal, '--', marker='.', color='gray', label='ideal, by GMACs'
+    )
     ax.set_ylim(0, 1.1 * max(row['p90'] for row in rows))
     ax.set_xlabel('mean keep ratio')
     ax.set_ylabel('ms')
@@ -132,5 +121,4 @@ def _plot_panel(ax: object, rows: Sequence[Mapping]) -> None:
 
 
 def _mean_ratio(row: Mapping) -> float:
-    ratios = row['keep_ratios']
-    return sum(ratios) / len(ratios) if ratios else 1.0
+    return float(np.mean(row['keep_ratios'] or 1.0))

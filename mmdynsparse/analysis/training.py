@@ -11,15 +11,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
-from ..engine.distillation import (
-    ROI,
-    ROI_INPUT,
-    RPN,
-    SEGMENTOR,
-    is_two_stage,
-    run_parts,
-    second_stage,
-)
+from ..engine import distillation
 from ..engine.hooks.sparsity_hook import sparsity_losses
 from ..models.calls import CallRecorder
 from ..models.decider import deciders, keep_everything
@@ -49,7 +41,8 @@ def compare_training(pair: Pair, batch: dict, rounds: int, warmup: int) -> list[
     teachers = {'dense forward': deepcopy(pair.dense), 'teacher': deepcopy(pair.sparse)}
     models = {'dense': pair.dense, 'sparse': pair.sparse}
     steps = {name: training_step(model, batch) for name, model in models.items()}
-    rois = sampled_rois(pair.dense, batch) if is_two_stage(pair.dense) else None
+    two_stages = distillation.is_two_stage(pair.dense)
+    rois = sampled_rois(pair.dense, batch) if two_stages else None
     steps |= {name: teacher_step(model, batch, rois) for name, model in teachers.items()}
     latencies = compare_latency(steps, rounds, warmup)
     dense_ms = latencies['dense'].median
@@ -82,11 +75,12 @@ def training_step(model: nn.Module, batch: dict) -> Callable[[], None]:
 
 def sampled_rois(model: nn.Module, batch: dict) -> Tensor:
     """Return the regions (R, 5) that a detector samples from a batch in training."""
-    recorder = CallRecorder({name: model.get_submodule(name) for name in (ROI_INPUT, ROI)})
+    names = (distillation.ROI_INPUT, distillation.ROI)
+    recorder = CallRecorder({name: model.get_submodule(name) for name in names})
     data = model.data_preprocessor(deepcopy(batch), True)
     with torch.no_grad():
         calls = recorder.record(partial(model, **data, mode='loss'))
-    return second_stage(calls)[1]
+    return distillation.second_stage(calls)[1]
 
 
 def teacher_step(model: nn.Module, batch: dict, rois: Tensor | None) -> Callable[[], None]:
@@ -94,12 +88,8 @@ def teacher_step(model: nn.Module, batch: dict, rois: Tensor | None) -> Callable
     keep_everything(model)
     model.eval()
     images = model.data_preprocessor(deepcopy(batch), True)['inputs']
-
-    @torch.no_grad()
-    def step() -> None:
-        run_parts(model, images, (SEGMENTOR, RPN), rois)
-
-    return step
+    heads = (distillation.SEGMENTOR, distillation.RPN)
+    return torch.no_grad()(partial(distillation.run_parts, model, images, heads, rois))
 
 
 def training_batch(cfg: Config, size: int) -> dict:

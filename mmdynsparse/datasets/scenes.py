@@ -38,19 +38,12 @@ _FORMAT = 1  # raise it when the drawing changes: older folders are then written
 
 
 class _Scene(NamedTuple):
-    """A painted scene.
+    """A painted scene."""
 
-    Attributes:
-        image: (H, W, 3) uint8 RGB.
-        semantic: (H, W) uint8 class ids, 255 = ignore.
-        instances: (H, W) int32, 0 = no object.
-        categories: Class id of instance 1, 2, ...
-    """
-
-    image: np.ndarray
-    semantic: np.ndarray
-    instances: np.ndarray
-    categories: list[int]
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    semantic: np.ndarray  # (H, W) uint8 class ids, 255 = ignore
+    instances: np.ndarray  # (H, W) int32, 0 = no object
+    categories: list[int]  # class id of instance 1, 2, ...
 
 
 def write_scenes(
@@ -82,13 +75,7 @@ def write_scenes(
     """
     _check_arguments(num_train, num_val, size, seed)
     root = Path(root)
-    marker = {
-        'format': _FORMAT,
-        'num_train': num_train,
-        'num_val': num_val,
-        'size': list(size),
-        'seed': seed,
-    }
+    marker = dict(format=_FORMAT, num_train=num_train, num_val=num_val, size=list(size), seed=seed)
     if _is_complete(root, marker):
         return root
     if root.exists() and any(root.iterdir()) and not (root / _MARKER).exists():

@@ -6,7 +6,6 @@ map, R regions of interest.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from numbers import Real
 from typing import NamedTuple
 
@@ -22,20 +21,15 @@ SEGMENTOR, RPN = 'decode_head', 'rpn_head'
 ROI_HEAD = 'roi_head'
 ROI, ROI_INPUT = 'roi_head.bbox_head', 'roi_head.bbox_roi_extractor'
 IN_ROI_HEAD = f'{ROI_HEAD}.'
+LOSS_NAMES = {SEGMENTOR: 'logits', RPN: 'rpn', ROI: 'roi'}
 
 
 class Batch(NamedTuple):
-    """What both models look at.
+    """What both models look at."""
 
-    Attributes:
-        images: The padded images (B, 3, H, W).
-        samples: Data samples, whose ``img_shape`` is the size without padding. Defaults to none.
-        rois: For a detector's second stage, regions (R, 5): index of the image, corners in px.
-            Defaults to None, without that stage.
-    """
-
-    images: Tensor
-    samples: Sequence = ()
+    images: Tensor  # (B, 3, H, W), padded
+    samples: Sequence = ()  # data samples, whose img_shape is the size without padding
+    # For a detector's second stage, regions (R, 5): index of the image, corners in px.
     rois: Tensor | None = None
 
 
@@ -86,14 +80,12 @@ def run_parts(
         model: The model.
         images: Preprocessed images (B, 3, H, W).
         names: Names of the modules. What runs in losses and post-processing only does not run.
-        rois: For the second stage of a detector, regions (R, 5): index of the image, corners in
-            px. Defaults to None, without the second stage.
+        rois: As in :class:`Batch`. Defaults to None, without a second stage.
     """
     extract = getattr(model, 'extract_feat', None) or model.backbone
     x = extract(images)
     parts = {name.split('.')[0] for name in names}
-    # Those with queries cannot run without labels.
-    if SEGMENTOR in parts and is_single(model, SEGMENTOR) and not has_queries(model.decode_head):
+    if SEGMENTOR in parts and has_logit_map(model):
         model.decode_head.forward(x)
     if RPN in parts and is_single(model, RPN):
         model.rpn_head(x)
@@ -114,9 +106,8 @@ def second_stage(calls: Sequence[Call]) -> tuple[list[Call], Tensor]:
     names = [call.name for call in calls]
     last = len(names) - 1 - names[::-1].index(ROI)
     first = max(i for i in range(last) if names[i] == ROI_INPUT)
-    in_head = [name.split('.')[0] == ROI_HEAD for name in names]
-    kept = [call for i, call in enumerate(calls) if i >= first or not in_head[i]]
-    return kept, calls[first].args[1]
+    earlier = [call for call in calls[:first] if call.name.split('.')[0] != ROI_HEAD]
+    return [*earlier, *calls[first:]], calls[first].args[1]
 
 
 def is_single(model: nn.Module, name: str) -> bool:
@@ -130,9 +121,30 @@ def is_two_stage(model: nn.Module) -> bool:
     return is_single(getattr(model, ROI_HEAD, None), 'bbox_head')
 
 
-def has_queries(head: nn.Module) -> bool:
-    """Return whether a head classifies queries, as those that mmseg takes over from mmdet do."""
-    return hasattr(head, 'num_queries')
+def has_logit_map(model: nn.Module) -> bool:
+    """Return whether a model has one decode head that returns a map of logits.
+
+    Heads that mmseg takes over from mmdet classify queries, and cannot run without labels.
+    """
+    return is_single(model, SEGMENTOR) and not hasattr(model.decode_head, 'num_queries')
+
+
+def logit_heads(model: nn.Module) -> list[str]:
+    """Return the names of the heads whose logits can be compared.
+
+    Raises:
+        ValueError: If the model is neither a segmentor with one head for the pixels nor a detector
+            of two stages with one head for the boxes.
+    """
+    if has_logit_map(model):
+        return [SEGMENTOR]
+    if is_single(model, RPN) and is_two_stage(model):
+        return [RPN, ROI]
+    raise ValueError(
+        'logit_weight needs a segmentor with one decode_head that returns a map of logits, or a '
+        'detector with an rpn_head and one roi_head.bbox_head (set it to 0 elsewhere), '
+        f'got {type(model).__name__}'
+    )
 
 
 def logit_loss(
@@ -153,8 +165,18 @@ def logit_loss(
     Raises:
         ValueError: If the head returned no map of logits, or shapes differ.
     """
+
+    def divergence(student: Tensor, teacher: Tensor, *losses: nn.Module) -> Tensor:
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f'teacher must have logits of the same width and stride in {name}, '
+                f'{tuple(student.shape)}, got {tuple(teacher.shape)}'
+            )
+        sigmoid = any(getattr(loss, 'use_sigmoid', False) for loss in losses)
+        return kl_divergence(student, teacher, temperature, sigmoid)
+
     compare = {SEGMENTOR: _pixel_loss, RPN: _anchor_loss, ROI: _region_loss}[name]
-    return compare(head, student, teacher, batch, partial(_divergence, name, temperature))
+    return compare(head, student, teacher, batch, divergence)
 
 
 def _pixel_loss(
@@ -166,7 +188,7 @@ def _pixel_loss(
             f'(set it to 0 elsewhere), got a {type(student).__name__} of {type(head).__name__}'
         )
     losses = head.loss_decode if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
-    kl_BHW = divergence(student, teacher, any(_has_sigmoid(loss) for loss in losses))
+    kl_BHW = divergence(student, teacher, *losses)
     if not batch.samples:
         return mean_over_images(kl_BHW, torch.ones_like(kl_BHW))
     weights = label_mask(batch.samples, kl_BHW.shape[-2:], head.ignore_index)
@@ -180,7 +202,7 @@ def _anchor_loss(
     for s, t in zip(student[0], teacher[0], strict=True):
         # The channels are those of each anchor in turn.
         pair = (x.unflatten(1, (-1, head.cls_out_channels)).transpose(1, 2) for x in (s, t))
-        kl_BHW = divergence(*pair, _has_sigmoid(head.loss_cls)).mean(1)
+        kl_BHW = divergence(*pair, head.loss_cls).mean(1)
         levels.append((kl_BHW, content_mask(batch, s.shape)))
     # Every anchor counts alike, whatever its level.
     kl, inside = (torch.cat([x.flatten(1) for x in xs], 1) for xs in zip(*levels, strict=True))
@@ -190,7 +212,7 @@ def _anchor_loss(
 def _region_loss(
     head: nn.Module, student: Sequence, teacher: Sequence, batch: Batch, divergence: Callable
 ) -> Tensor:
-    return mean_over_rois(divergence(student[0], teacher[0], _has_sigmoid(head.loss_cls)), batch)
+    return mean_over_rois(divergence(student[0], teacher[0], head.loss_cls), batch)
 
 
 def feature_loss(
@@ -306,11 +328,10 @@ def content_mask(batch: Batch, shape: torch.Size) -> Tensor:
     """Return (B, H, W) float32, 1 where a map (B, C, H, W) lies on the image, 0 on padding."""
     (b, _, h, w), image_hw, device = shape, tuple(batch.images.shape[-2:]), batch.images.device
     sizes = [getattr(s, 'metainfo', {}).get('img_shape', image_hw)[:2] for s in batch.samples]
-    sizes = sizes or [image_hw] * b
-    rows = torch.tensor([_cells(size[0], h, image_hw[0]) for size in sizes], device=device)
-    cols = torch.tensor([_cells(size[1], w, image_hw[1]) for size in sizes], device=device)
-    rows_BH = torch.arange(h, device=device) < rows[:, None]
-    cols_BW = torch.arange(w, device=device) < cols[:, None]
+    sizes_B2 = torch.tensor(sizes or [image_hw] * b, device=device)
+    # A location lies on the image if it begins within it.
+    rows_BH = torch.arange(h, device=device) * image_hw[0] < sizes_B2[:, :1] * h
+    cols_BW = torch.arange(w, device=device) * image_hw[1] < sizes_B2[:, 1:] * w
     return (rows_BH[:, :, None] & cols_BW[:, None, :]).float()
 
 
@@ -331,21 +352,6 @@ def kept_mask(decision: Decision, hw: tuple[int, int]) -> Tensor:
     return (resized[:, 0] > 0.5).float()
 
 
-def _divergence(
-    part: str, temperature: float, student: Tensor, teacher: Tensor, sigmoid: bool
-) -> Tensor:
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f'teacher must have logits of the same width and stride in {part}, '
-            f'{tuple(student.shape)}, got {tuple(teacher.shape)}'
-        )
-    return kl_divergence(student, teacher, temperature, sigmoid)
-
-
-def _has_sigmoid(loss: nn.Module) -> bool:
-    return bool(getattr(loss, 'use_sigmoid', False))
-
-
 def _maps(
     outputs: object, decision: Decision | None = None
 ) -> Iterator[tuple[Tensor, Decision | None]]:
@@ -356,8 +362,3 @@ def _maps(
         *_, decision = decision, *getattr(outputs, 'decisions', ())
         for output in outputs:
             yield from _maps(output, decision)
-
-
-def _cells(length: int, cells: int, padded: int) -> int:
-    """Number of cells, of those that cover the padded length, which begin within the length."""
-    return -(-length * cells // padded)

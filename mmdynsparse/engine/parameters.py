@@ -1,19 +1,13 @@
-"""The model of a training: its new parameters, and learning rates for them."""
+"""The new parameters of a model, and learning rates for them."""
 
 from collections.abc import Mapping, Sequence
 
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
-from mmengine.runner import Runner
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from ..utils.checkpoints import NEW_PARTS, is_new
-
-
-def bare_model(runner: Runner) -> nn.Module:
-    """Return the model of a runner without the wrapper of distributed training."""
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def new_parameters(model: nn.Module, parts: Sequence[str]) -> set[str]:
@@ -55,28 +49,21 @@ class FineTuneOptimWrapperConstructor:
             raise ValueError(
                 f'pretrained_lr_mult must be in [0, 1], got {self.pretrained_lr_mult!r}'
             )
-        if optim_wrapper_cfg['optimizer'].get('lr') is None:
+        self.base_lr = optim_wrapper_cfg['optimizer'].get('lr')
+        if self.base_lr is None:
             raise ValueError(
                 'optim_wrapper.optimizer.lr must be given for pretrained_lr_mult, got none'
             )
-        self.base_lr = optim_wrapper_cfg['optimizer']['lr']
-        self._constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
-            dict(
-                type=constructor,
-                optim_wrapper_cfg=optim_wrapper_cfg,
-                paramwise_cfg=paramwise_cfg,
-            )
-        )
+        cfgs = dict(optim_wrapper_cfg=optim_wrapper_cfg, paramwise_cfg=paramwise_cfg)
+        self._constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(dict(type=constructor, **cfgs))
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of a model."""
         inner = model.module if is_model_wrapper(model) else model
         new = {id(inner.get_parameter(name)) for name in new_parameters(inner, self.new_parts)}
         wrapper = self._constructor(model)
-        optimizer = wrapper.optimizer
-        optimizer.param_groups[:] = [
-            part for group in optimizer.param_groups for part in self._split(group, new)
-        ]
+        groups = wrapper.optimizer.param_groups
+        groups[:] = [half for group in groups for half in self._split(group, new)]
         return wrapper
 
     def _split(self, group: dict, new: set[int]) -> list[dict]:

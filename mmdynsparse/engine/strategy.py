@@ -14,11 +14,7 @@ class FSDPStrategy(MMEngineFSDPStrategy):
     """
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
-        """Load the state of the optimizer.
-
-        Args:
-            state_dict: What ``optim_state_dict`` returned.
-        """
+        """Load the state of the optimizer, which ``optim_state_dict`` returned."""
         self.optim_wrapper.load_state_dict(
             FullyShardedDataParallel.optim_state_dict_to_load(
                 model=self.model, optim=self.optim_wrapper, optim_state_dict=state_dict

@@ -1,6 +1,5 @@
 """Teachers: models that are never trained, built from a config or copied from the student."""
 
-import logging
 import os.path as osp
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,6 @@ from copy import deepcopy
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..models.decider import keep_everything
 from ..utils.checkpoints import check_checkpoint, check_weights, is_new, read_checkpoint
-from .parameters import bare_model
+from .runs import bare_model, warn
 
 COPY_NAME = 'distillation_teacher.pth'
 
@@ -30,8 +28,7 @@ def load_teacher(config: str | Mapping, checkpoint: str) -> tuple[nn.Module, Seq
         checkpoint: Path or address.
 
     Returns:
-        The model, which keeps every location, and the names of its classes, None if the
-        checkpoint does not say.
+        The model, which keeps every location, and the classes that the checkpoint names, or None.
 
     Raises:
         ValueError: If a file is missing or unreadable, or the weights do not fit the model.
@@ -92,11 +89,9 @@ def copy_student(
     if loaded is not None:
         _check_loaded(student, names, loaded)
     else:
-        print_log(
+        warn(
             "teacher 'self' is a copy of the model at the start, for which no checkpoint was "
-            'loaded (load_from): what no init_cfg loads teaches what random weights say.',
-            logger='current',
-            level=logging.WARNING,
+            'loaded (load_from): what no init_cfg loads teaches what random weights say.'
         )
     if is_main_process():
         torch.save(teacher.state_dict(), path)
@@ -106,7 +101,7 @@ def copy_student(
 def check_teacher(
     student: nn.Module, teacher: nn.Module, heads: Sequence[str], classes: Sequence[Sequence | None]
 ) -> None:
-    """Check that a teacher sees and names what the student does.
+    """Check that a teacher sees and names what the student does; another crop is warned of.
 
     Args:
         student: The student.
@@ -115,7 +110,7 @@ def check_teacher(
         classes: Names of the classes of student and teacher, None where they are not known.
 
     Raises:
-        ValueError: If normalization, number or names of classes differ. Another crop is warned of.
+        ValueError: If normalization, number or names of classes differ.
     """
     ours, theirs = (_preprocessing(model) for model in (student, teacher))
     if ours[:3] != theirs[:3]:
@@ -124,18 +119,16 @@ def check_teacher(
             f'student, {ours[:3]}, got {theirs[:3]}'
         )
     if ours[3] != theirs[3]:
-        print_log(
+        warn(
             f"The teacher's data_preprocessor has the crop {theirs[3]}, the student's {ours[3]}: "
-            'the teacher is used at a size that it was not trained for.',
-            logger='current',
-            level=logging.WARNING,
+            'the teacher is used at a size that it was not trained for.'
         )
     for head in heads:
-        counts = [getattr(m.get_submodule(head), 'num_classes', None) for m in (student, teacher)]
-        if counts[0] != counts[1]:
+        heads_of_both = (model.get_submodule(head) for model in (student, teacher))
+        ours, theirs = (getattr(module, 'num_classes', None) for module in heads_of_both)
+        if ours != theirs:
             raise ValueError(
-                f'teacher must have the {counts[0]} classes of the student in {head}, '
-                f'got {counts[1]}'
+                f'teacher must have the {ours} classes of the student in {head}, got {theirs}'
             )
     if None not in classes and tuple(classes[0]) != tuple(classes[1]):
         raise ValueError(
@@ -166,8 +159,7 @@ def _check_loaded(
 def _preprocessing(model: nn.Module) -> tuple:
     """Mean, std, change of the channels' order, and crop."""
     module = model.data_preprocessor
-    values = [getattr(module, name, None) for name in ('mean', 'std')]
-    values = [v.flatten().tolist() if isinstance(v, Tensor) else v for v in values]
-    size = getattr(module, 'size', None)
-    swaps = getattr(module, '_channel_conversion', None)
-    return *values, swaps, tuple(size) if size else size
+    names = ('mean', 'std', '_channel_conversion', 'size')
+    mean, std, swaps, size = (getattr(module, name, None) for name in names)
+    mean, std = (v.flatten().tolist() if isinstance(v, Tensor) else v for v in (mean, std))
+    return mean, std, swaps, tuple(size) if size else size

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from mmdynsparse.analysis.keep_rates import recorded_keep_rates
 from mmdynsparse.analysis.profiling import (
     PARTS,
     WHOLE,
-    _cuda_times,
+    _add_times,
+    _kernel_time,
     breakdown,
     model_breakdown,
     peak_memory,
 )
+from mmdynsparse.engine.hooks.sparsity_hook import recorded_keep_rates
 from mmdynsparse.models import SparseConvNeXt, SparseVisionTransformer
 from mmdynsparse.models.decider import CellSparsity, Decider
 from mmdynsparse.ops import region
@@ -136,7 +137,8 @@ def test_kernels_belong_to_the_innermost_range_that_launched_them():
     inner = event(gather, event('aten::index_select', index=8), **{gather: 100})
     slow = event(PREFIX + 'slow path', event('aten::addmm', gemm=16, copy=1), inner)
     totals = Counter()
-    _cuda_times(event(WHOLE, slow, event('aten::add', add=2)), 'rest', totals, PREFIX)
+    whole = event(WHOLE, slow, event('aten::add', add=2))
+    _add_times(whole, 'rest', totals, PREFIX, _kernel_time)
     assert totals == {'slow path': 17, 'gather': 8, 'rest': 2}
 
 

@@ -12,8 +12,8 @@ from mmengine.registry import init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdynsparse.analysis.dense import build_pair
+from mmdynsparse.analysis.flops import CostMeter
 from mmdynsparse.analysis.images import dataset_batches
-from mmdynsparse.analysis.module_costs import CostMeter
 
 TOOL = 'analysis_tools/get_flops.py'
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from mmdynsparse.analysis.dense import Pair
 from mmdynsparse.analysis.environment import environment
+from mmdynsparse.analysis.flops import CostMeter
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images, image_batch
-from mmdynsparse.analysis.keep_rates import recorded_keep_rates
 from mmdynsparse.analysis.models import check_sizes, load_models
-from mmdynsparse.analysis.module_costs import CostMeter
 from mmdynsparse.analysis.report import print_setting, print_table, write_json
+from mmdynsparse.engine.hooks.sparsity_hook import recorded_keep_rates
 from mmdynsparse.models.decider import keep_ratios
 from mmdynsparse.utils.command_line.arguments import AnalysisParser, at_least, image_size
 from mmdynsparse.utils.command_line.data_checks import check_data

@@ -16,25 +16,22 @@ from ...models.calls import Call, CallRecorder
 from ...registry import HOOKS
 from ..distillation import (
     IN_ROI_HEAD,
+    LOSS_NAMES,
     ROI,
     ROI_INPUT,
-    RPN,
-    SEGMENTOR,
     Batch,
     feature_loss,
     find_module,
-    has_queries,
-    is_single,
     is_two_stage,
+    logit_heads,
     logit_loss,
     parse_weight,
     run_parts,
     second_stage,
 )
-from ..parameters import bare_model
+from ..runs import bare_model
 from ..teacher import check_teacher, copy_student, load_teacher
 
-LOSS_NAMES = {SEGMENTOR: 'logits', RPN: 'rpn', ROI: 'roi'}
 # Side of the empty image, in px, on which both models are compared before training.
 EMPTY_IMAGE = 128
 
@@ -82,9 +79,8 @@ class DistillationHook(Hook):
         temperature: float = 1.0,
         features: Mapping[str, float | Sequence[float] | Mapping] | None = None,
     ) -> None:
-        if teacher != 'self' and (
-            not isinstance(teacher, Mapping) or set(teacher) != {'config', 'checkpoint'}
-        ):
+        is_named = isinstance(teacher, Mapping) and set(teacher) == {'config', 'checkpoint'}
+        if teacher != 'self' and not is_named:
             raise ValueError(
                 f"teacher must be 'self' or dict(config=..., checkpoint=...), got {teacher!r}"
             )
@@ -124,7 +120,10 @@ class DistillationHook(Hook):
         self._needs_rois = is_two_stage(student) and any(n.startswith(IN_ROI_HEAD) for n in names)
         self._names = sorted(names | ({ROI_INPUT, ROI} if self._needs_rois else set()))
         self._student, self._student_calls = student, self._recorder(student)
-        self._teacher, classes = self._make_teacher(runner, sorted(names))
+        if self.teacher == 'self':
+            self._teacher, classes = copy_student(runner, sorted(names), self._loaded), None
+        else:
+            self._teacher, classes = load_teacher(**self.teacher)
         self._teacher_calls = self._recorder(self._teacher)
         ours = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
         check_teacher(student, self._teacher, self._heads, (ours, classes))
@@ -148,13 +147,6 @@ class DistillationHook(Hook):
     def _recorder(self, model: nn.Module) -> CallRecorder:
         return CallRecorder({name: find_module(model, name) for name in self._names})
 
-    def _make_teacher(
-        self, runner: Runner, names: Sequence[str]
-    ) -> tuple[nn.Module, Sequence[str] | None]:
-        if self.teacher == 'self':
-            return copy_student(runner, names, self._loaded), None
-        return load_teacher(**self.teacher)
-
     def _compare_on_empty_image(self) -> None:
         """Run both models on an empty image, so that what does not fit fails now."""
         student = self._student
@@ -175,12 +167,9 @@ class DistillationHook(Hook):
         weights = {LOSS_NAMES[head]: self.logit_weight for head in self._heads}
         for name, (weight, kept_only) in self.features.items():
             weights[name] = f'{weight} where kept' if kept_only else weight
-        print_log(
-            f'Distillation from {source}: '
-            + ', '.join(f'{loss_name(name)} {weight}' for name, weight in weights.items())
-            + f', temperature {self.temperature}',
-            logger='current',
-        )
+        losses = ', '.join(f'{loss_name(name)} {weight}' for name, weight in weights.items())
+        text = f'Distillation from {source}: {losses}, temperature {self.temperature}'
+        print_log(text, logger='current')
 
     def _start_recording(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if kwargs.get('mode') == 'loss':
@@ -246,21 +235,3 @@ def outputs_of(calls: Sequence[Call]) -> dict[str, list]:
 def loss_name(name: str) -> str:
     """Return the name of a loss in the log."""
     return f'loss_distill_{name.replace(".", "_")}'
-
-
-def logit_heads(model: nn.Module) -> list[str]:
-    """Return the names of the heads whose logits can be compared.
-
-    Raises:
-        ValueError: If the model is neither a segmentor with one head for the pixels nor a detector
-            of two stages with one head for the boxes.
-    """
-    if is_single(model, SEGMENTOR) and not has_queries(model.decode_head):
-        return [SEGMENTOR]
-    if is_single(model, RPN) and is_two_stage(model):
-        return [RPN, ROI]
-    raise ValueError(
-        'logit_weight needs a segmentor with one decode_head that returns a map of logits, or a '
-        'detector with an rpn_head and one roi_head.bbox_head (set it to 0 elsewhere), '
-        f'got {type(model).__name__}'
-    )

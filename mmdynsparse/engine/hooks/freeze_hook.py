@@ -8,8 +8,8 @@ from mmengine.runner import Runner
 
 from ...registry import HOOKS
 from ...utils.checkpoints import NEW_PARTS
-from ..parameters import bare_model, new_parameters
-from ..run_checks import check_end
+from ..parameters import new_parameters
+from ..runs import bare_model, check_end
 
 
 @HOOKS.register_module()
@@ -54,10 +54,8 @@ class FreezePretrained(Hook):
         optimizer = runner.optim_wrapper.optimizer
         self._handle = optimizer.register_step_pre_hook(drop_gradients)
         if runner.iter < self.iters:
-            print_log(
-                f'{len(frozen)} pretrained parameters are frozen up to iteration {self.iters}',
-                logger='current',
-            )
+            text = f'{len(frozen)} pretrained parameters are frozen up to iteration {self.iters}'
+            print_log(text, logger='current')
 
     def after_train(self, runner: Runner) -> None:
         """Leave the optimizer as it was."""

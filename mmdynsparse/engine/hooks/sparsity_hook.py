@@ -1,21 +1,20 @@
 """Ratio loss and measured keep rates of sparse models."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ...models.decider import Decider, deciders, keep_ratios
 from ...ops import Decision
 from ...registry import HOOKS
-from ..parameters import bare_model
-from ..run_checks import check_architecture, check_end, compare_keep_ratios, write_keep_ratios
-from ..seeding import seed_each_process
+from ...utils.checkpoints import check_backbone
+from ..runs import bare_model, check_end, seed_each_process, warn
 
 # Iterations between checks for collapse.
 CHECK_INTERVAL = 50
@@ -120,22 +119,29 @@ class SparsityHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Write down the keep ratios that the training aims at."""
-        write_keep_ratios(self._model, checkpoint)
+        checkpoint['meta']['keep_ratios'] = keep_ratios(self._model)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse another architecture, and warn of other keep ratios where training is resumed."""
-        check_architecture(runner, checkpoint)
-        compare_keep_ratios(runner, checkpoint)
+        model = bare_model(runner)
+        # Parts of a sharded model have other shapes.
+        if hasattr(model, 'backbone') and not isinstance(runner.model, FullyShardedDataParallel):
+            check_backbone(model, checkpoint.get('state_dict', checkpoint))
+        ratios = keep_ratios(model)
+        before = checkpoint.get('meta', {}).get('keep_ratios', ratios)
+        if runner._resume and before != ratios:
+            warn(
+                f'The resumed training had the keep ratios {before}, this one has {ratios}: the '
+                'predictors must learn them in the iterations that are left.'
+            )
 
     def _warn_of_collapse(self, rates: Sequence[float], when: str) -> None:
         for i, (rate, target) in enumerate(zip(rates, keep_ratios(self._model), strict=True)):
             if what := collapse(rate, target):
-                print_log(
+                warn(
                     f'Predictor {i} keeps {what} ({rate:.3f} of the locations {when}, target '
                     f'{target}): raise the weight of SparsityHook or the learning rate of the '
-                    'predictors.',
-                    logger='current',
-                    level=logging.WARNING,
+                    'predictors.'
                 )
 
 
@@ -176,6 +182,23 @@ class KeepRateMeter:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
+
+
+@contextmanager
+def recorded_keep_rates(model: nn.Module) -> Iterator[list[float]]:
+    """Record what share of the locations the predictors of a model keep outside of training.
+
+    Yields:
+        A list that gets, at the end, the share that each predictor kept, in the order of the
+        modules: the mean over the images of all calls, of which a sliding window makes several an
+        image. Those of a part that did not run are left out.
+    """
+    meter, rates = KeepRateMeter(list(deciders(model).values())), []
+    try:
+        yield rates
+    finally:
+        meter.close()
+    rates += [rate for rate in meter.pop() if rate == rate]  # NaN without a call
 
 
 def sparsity_losses(

@@ -3,9 +3,8 @@
 from .convert import convert_checkpoint
 from .files import check_checkpoint, read_checkpoint
 from .layouts import SOURCES
-from .names import NEW_PARTS, is_new
 from .resize import resize_bias_table, resize_pos_embed
-from .weights import check_backbone, check_weights, load_pretrained
+from .weights import NEW_PARTS, check_backbone, check_weights, is_new, load_pretrained
 
 __all__ = [
     'NEW_PARTS',

@@ -51,16 +51,12 @@ STAND_INS = [type(name, (LeftOut,), {'__module__': module}) for module, name in 
 
 
 def check_checkpoint(argument: str, path: str, resume: bool = False) -> dict:
-    """Checks that a checkpoint can be loaded.
+    """Return what the file of a checkpoint holds, but an empty dict for an address.
 
     Args:
         argument: Name of the argument for the message.
-        path: Path of the file, or an address with a scheme such as ``https://``, which is not
-            looked at.
+        path: Path of the file, or an address with a scheme such as ``https://``.
         resume: Whether training is to continue from it. Defaults to False.
-
-    Returns:
-        What the file holds; an empty dict for an address.
 
     Raises:
         ValueError: If the file is missing or corrupt, holds more than weights and plain values, is
@@ -80,12 +76,7 @@ def check_checkpoint(argument: str, path: str, resume: bool = False) -> dict:
 def read_checkpoint(argument: str, path: str) -> dict:
     """Read a checkpoint, from an address too, of which mmengine keeps a copy.
 
-    Args:
-        argument: Name of the argument for the message.
-        path: Path of the file, or an address.
-
-    Raises:
-        ValueError: As :func:`check_checkpoint`.
+    Arguments and errors are those of :func:`check_checkpoint`.
     """
     if '://' not in path and not osp.isfile(osp.expanduser(path)):
         raise ValueError(f'{argument} must be an existing checkpoint, got {path!r}')

@@ -2,15 +2,16 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
 from .convert import convert_checkpoint, shorten
 from .files import read_checkpoint
-from .names import is_new
 
+# Parts of the names of parameters that only a sparse model has.
+NEW_PARTS = ('.predictors.', '.predictor.', '.fast_path.')
 # Tensors of a backbone that do not make it another one: output norms, which depend on
 # ``out_indices``, classifiers, and what follows from the window size.
 OPTIONAL = re.compile(
@@ -18,10 +19,15 @@ OPTIONAL = re.compile(
 )
 
 
+def is_new(name: str, parts: Sequence[str] = NEW_PARTS) -> bool:
+    """Return whether a parameter of this name is in one of the parts that are new."""
+    return any(part in f'.{name}' for part in parts)
+
+
 def load_pretrained(
     backbone: nn.Module, filename: str, source: str, optional: Callable[[str], bool]
 ) -> None:
-    """Load a checkpoint into a backbone whose new parameters it may lack.
+    """Load a checkpoint into a backbone.
 
     Args:
         backbone: The module to load into.
@@ -61,9 +67,8 @@ def check_backbone(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     pairs = ((key.removeprefix('module.'), value) for key, value in weights.items())
     theirs = {k.removeprefix('backbone.'): v for k, v in pairs if k.startswith('backbone.')}
-    theirs = {key: value for key, value in theirs.items() if matters(key)}
     # By loading, because some backbones fit tensors of another window or image size.
-    faults = _load_weights(model.backbone, theirs)
+    faults = _load_weights(model.backbone, {k: v for k, v in theirs.items() if matters(k)})
     faults = [[f'backbone.{key}' for key in keys if matters(key)] for keys in faults]
     if any(faults):
         raise ValueError(
@@ -85,6 +90,8 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) ->
     Raises:
         ValueError: If keys are missing, unexpected or of another shape.
     """
+    from ...models.decider import keep_ratios  # models load their weights through this module
+
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     metadata = getattr(weights, '_metadata', {})
@@ -92,13 +99,13 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) ->
     weights._metadata = metadata  # layers read their version from it to migrate old keys
     missing, unexpected, reshaped = _load_weights(model, weights)
     missing = [key for key in missing if not key.endswith('num_batches_tracked')]
-    if _runs_dense(model):
-        missing, unexpected = (
-            [key for key in keys if not is_new(key)] for keys in (missing, unexpected)
+    faults = [missing, unexpected, reshaped]
+    if all(ratio == 1 for ratio in keep_ratios(model)):
+        faults[:2] = ([key for key in keys if not is_new(key)] for keys in faults[:2])
+    if any(faults):
+        raise ValueError(
+            f"checkpoint must fit the config's model, got {path!r} with {_describe(*faults)}"
         )
-    if missing or unexpected or reshaped:
-        faults = _describe(missing, unexpected, reshaped)
-        raise ValueError(f"checkpoint must fit the config's model, got {path!r} with {faults}")
 
 
 def _load_weights(
@@ -122,9 +129,3 @@ def _describe(missing: list[str], unexpected: list[str], reshaped: list[str]) ->
         for keys, kind in zip((missing, unexpected, reshaped), kinds, strict=True)
         if keys
     )
-
-
-def _runs_dense(model: nn.Module) -> bool:
-    from ...models.decider import keep_ratios  # models load their weights through this module
-
-    return all(ratio == 1 for ratio in keep_ratios(model))

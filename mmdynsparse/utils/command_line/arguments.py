@@ -37,14 +37,7 @@ class ToolParser(argparse.ArgumentParser):
         )
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parses the command line; a wrong one ends the process with exit code 2.
-
-        Args:
-            argv: The arguments. Defaults to None, the arguments of the process.
-
-        Returns:
-            The parsed arguments.
-        """
+        """Parses arguments, by default those of the process; wrong ones exit with code 2."""
         try:
             return self.parse_args(argv)
         except ValueError as error:
@@ -56,11 +49,7 @@ class ToolParser(argparse.ArgumentParser):
 
 
 class AnalysisParser(ToolParser):
-    """Parser with the arguments that every analysis tool has.
-
-    Args:
-        description: What the tool does, for ``--help``.
-    """
+    """Parser with the arguments that every analysis tool has."""
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description)
@@ -105,11 +94,7 @@ def keep_ratio(text: str) -> float | list[float]:
 
 
 def check_device(name: str) -> torch.device:
-    """Return the device 'cpu' or 'cuda'.
-
-    Raises:
-        ValueError: If it is 'cuda' and there is none.
-    """
+    """Return the device 'cpu' or 'cuda', or raise a ValueError if there is no CUDA."""
     if name == 'cuda' and not torch.cuda.is_available():
         raise ValueError(
             "--device must be 'cpu' on a machine without CUDA, got 'cuda' "
@@ -119,10 +104,6 @@ def check_device(name: str) -> torch.device:
 
 
 def check_image(path: str | None) -> None:
-    """Check that the file of an image exists.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Raise a ValueError if the file of an image does not exist."""
     if path is not None and not os.path.isfile(path):
         raise ValueError(f'--image must be an existing file, got {path!r}')

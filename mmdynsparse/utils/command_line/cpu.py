@@ -25,11 +25,7 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Wraps the forward pass of one training step.
-
-        Args:
-            model: The model that is trained.
-        """
+        """Wraps the forward pass of one training step."""
         with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16):
             yield
 

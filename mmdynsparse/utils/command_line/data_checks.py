@@ -19,9 +19,6 @@ INIT_CFG = re.compile(r'\.init_cfg(\[\d+\])?$')
 def check_training_inputs(cfg: Config) -> None:
     """Checks the files that a training run reads: datasets, annotations and checkpoints.
 
-    Args:
-        cfg: The config of the run.
-
     Raises:
         ValueError: If one is missing or corrupt.
     """
@@ -49,11 +46,7 @@ def _pretrained_files(node: object, name: str) -> Iterator[tuple[str, str]]:
 
 
 def check_data(cfg: Config, split: str) -> None:
-    """Checks that the folders and annotation files of a split exist.
-
-    Args:
-        cfg: The config.
-        split: 'train', 'val' or 'test'.
+    """Checks that the folders and annotation files of 'train', 'val' or 'test' exist.
 
     Raises:
         ValueError: If one is missing.
@@ -108,11 +101,7 @@ def _is_local(path: object, node: dict) -> bool:
 
 
 def check_not_empty(runner: Runner, split: str) -> None:
-    """Builds a dataset and checks that it has images.
-
-    Args:
-        runner: The runner of the training or test.
-        split: 'train', 'val' or 'test'.
+    """Builds the dataset of 'train', 'val' or 'test' and checks that it has images.
 
     Raises:
         ValueError: If it has none.

@@ -30,9 +30,8 @@ def one_line_errors(runner: Runner | None = None) -> Iterator[None]:
     and pass through like any other exception.
 
     Args:
-        runner: The runner that trains or tests within the context. From its first epoch on, when
-            hooks and optimizer have accepted their settings, errors pass through. Defaults to
-            None.
+        runner: Trains or tests within the context. From its first epoch on, when hooks and
+            optimizer have accepted their settings, errors pass through. Defaults to None.
     """
     epoch = _EpochBegan()
     if runner is not None:

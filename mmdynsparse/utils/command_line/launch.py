@@ -15,13 +15,7 @@ EXTRAS = {'mmseg': 'seg', 'mmdet': 'det'}
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Reads the config and applies the arguments common to training and testing.
-
-    Args:
-        args: Arguments ``config`` and those of ``ToolParser.add_run_arguments``.
-
-    Returns:
-        The config with ``work_dir`` and ``launcher`` set.
+    """Reads the config and applies the arguments of ``ToolParser.add_run_arguments``.
 
     Raises:
         ValueError: If the config, an override, the launcher's environment or the installation of
@@ -64,12 +58,9 @@ def _merge_options(cfg: Config, options: dict) -> None:
 def require_library(scope: str | None) -> None:
     """Checks that the library which a config is written for can be imported.
 
-    Args:
-        scope: ``default_scope`` of the config: 'mmseg' or 'mmdet'.
-
     Raises:
-        ValueError: If the scope is another one, or its library or mmcv is missing. The message
-            names the extra to install.
+        ValueError: If the scope is neither 'mmseg' nor 'mmdet', or its library or mmcv is missing.
+            The message names the extra to install.
     """
     if scope not in EXTRAS:
         raise ValueError(f"default_scope of the config must be 'mmseg' or 'mmdet', got {scope!r}")

@@ -9,8 +9,7 @@ from mmengine.runner.activation_checkpointing import turn_on_activation_checkpoi
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
 
-from mmdynsparse.engine import DistillationHook
-from mmdynsparse.engine import teacher as teacher_module
+from mmdynsparse.engine import DistillationHook, runs
 from mmdynsparse.utils.command_line.cpu import BFloat16OptimWrapper
 
 FEATURES = dict(seg={'backbone': 0.5, 'decode_head.fpn_bottleneck': 2.0}, det=dict(neck=0.5))
@@ -457,7 +456,7 @@ def test_resume_has_the_same_teacher(tmp_path, tiny):
 
 
 def test_a_random_teacher_is_warned_of(start, warnings_of):
-    texts = warnings_of(teacher_module)
+    texts = warnings_of(runs)
     start('seg')
     assert any('random weights' in text for text in texts)
 
@@ -555,7 +554,7 @@ def test_a_teacher_that_does_not_fit(changes, match, tmp_path, tiny):
 
 
 def test_a_teacher_of_another_crop_is_warned_of(tmp_path, warnings_of, tiny):
-    texts = warnings_of(teacher_module)
+    texts = warnings_of(runs)
     config = dict(model=_other(tiny, data_preprocessor__size=(32, 32)), default_scope='mmseg')
     path = tmp_path / 'teacher.pth'
     torch.save(tiny.build('seg', dense=True).state_dict(), path)

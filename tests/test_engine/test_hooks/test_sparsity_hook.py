@@ -10,7 +10,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mmdynsparse.engine import SparsityHook, run_checks
+from mmdynsparse.engine import SparsityHook, runs
 from mmdynsparse.engine.hooks import sparsity_hook
 from mmdynsparse.engine.hooks.sparsity_hook import KeepRateMeter, collapse, sparsity_losses
 from mmdynsparse.models import SparseSwinTransformer
@@ -191,7 +191,7 @@ def test_warmup_raises_the_weight(tmp_path):
 
 def test_collapse_is_warned_of(tmp_path, monkeypatch):
     messages = []
-    target = 'mmdynsparse.engine.hooks.sparsity_hook.print_log'
+    target = 'mmdynsparse.engine.runs.print_log'
     monkeypatch.setattr(target, lambda text, level, **kwargs: messages.append((level, text)))
     model = Model()
     model.init_weights = lambda: None
@@ -269,7 +269,7 @@ def test_checkpoint_of_another_backbone(tmp_path):
 
 
 def test_resume_with_other_keep_ratios_is_warned_of(training, warnings_of):
-    texts = warnings_of(run_checks)
+    texts = warnings_of(runs)
     training(iters=2)
     training(iters=3, resume=True)
     assert not texts

@@ -18,21 +18,14 @@ class Layout(NamedTuple):
     convert: Callable[[StateDict], StateDict]
 
 
+OPENMMLAB = ('mmseg', 'mmdet', 'mmpretrain')
 LAYOUTS = (
     Layout(('mmseg', 'mmdet'), 'patch_embed.projection.weight', swin.from_openmmlab),
     Layout(('swin', 'timm', 'dynamicvit'), 'layers.0.blocks.0.attn.qkv.weight', swin.from_original),
-    Layout(
-        ('mmseg', 'mmdet', 'mmpretrain'),
-        'stages.0.0.depthwise_conv.weight',
-        convnext.from_openmmlab,
-    ),
+    Layout(OPENMMLAB, 'stages.0.0.depthwise_conv.weight', convnext.from_openmmlab),
     Layout(('convnext', 'dynamicvit'), 'stages.0.0.dwconv.weight', convnext.from_original),
     Layout(('timm',), 'stages.0.blocks.0.conv_dw.weight', convnext.from_timm),
-    Layout(
-        ('mmseg', 'mmdet', 'mmpretrain', 'torchvision'),
-        'layer1.0.conv1.weight',
-        resnet.from_openmmlab,
-    ),
+    Layout((*OPENMMLAB, 'torchvision'), 'layer1.0.conv1.weight', resnet.from_openmmlab),
     Layout(('timm',), 'layer1.0.conv1.weight', resnet.from_timm),
     Layout(('mmseg',), 'layers.0.attn.attn.in_proj_weight', vit.from_openmmlab),
     Layout(('timm', 'dynamicvit'), 'blocks.0.attn.qkv.weight', vit.from_timm),

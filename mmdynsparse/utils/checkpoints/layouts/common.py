@@ -1,6 +1,7 @@
 """What the layouts of all families share."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +16,12 @@ def rename(name: str, renames: Renames) -> str:
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def rename_all(tensors: StateDict, dropped: re.Pattern, renames: Renames = ()) -> StateDict:
+    """Rename all tensors, and drop those whose new names match ``dropped``."""
+    renamed = ((rename(k, renames), v) for k, v in tensors.items())
+    return OrderedDict((k, v) for k, v in renamed if not dropped.search(k))
 
 
 def predictor_renames(theirs: str, ours: str) -> Renames:

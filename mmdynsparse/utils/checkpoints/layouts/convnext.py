@@ -5,9 +5,8 @@ DynamicCNN (raoyongming/DynamicViT), which adds to them, and timm's are renamed.
 """
 
 import re
-from collections import OrderedDict
 
-from .common import StateDict, add_output_norms, predictor_renames, rename
+from .common import StateDict, add_output_norms, predictor_renames, rename_all
 
 DROPPED = re.compile(r'^head\.')
 ORIGINAL = (
@@ -30,7 +29,7 @@ TIMM = (
 
 def from_openmmlab(tensors: StateDict) -> StateDict:
     """Drop the classifier."""
-    return OrderedDict((k, v) for k, v in tensors.items() if not DROPPED.match(k))
+    return rename_all(tensors, DROPPED)
 
 
 def from_original(tensors: StateDict) -> StateDict:
@@ -44,8 +43,7 @@ def from_timm(tensors: StateDict) -> StateDict:
 
 
 def _convert(tensors: StateDict, renames: tuple) -> StateDict:
-    named = ((rename(k, renames), v) for k, v in tensors.items())
-    out = OrderedDict((k, v) for k, v in named if not DROPPED.match(k))
+    out = rename_all(tensors, DROPPED, renames)
     for name in [k for k in out if k.startswith('predictors.')]:
         # Their predictors are 1 x 1 convolutions.
         out[name] = out[name].flatten(1) if out[name].ndim == 4 else out[name]

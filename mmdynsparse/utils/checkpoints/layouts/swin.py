@@ -12,7 +12,7 @@ from collections import OrderedDict
 from torch import Tensor
 
 from ....ops import relative_position_index
-from .common import StateDict, add_output_norms, predictor_renames, rename
+from .common import StateDict, add_output_norms, predictor_renames, rename, rename_all
 
 RENAMES = (
     (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
@@ -30,13 +30,10 @@ DROPPED = re.compile(r'^head\.|\.attn_mask$|\.relative_position_index$')
 
 def from_openmmlab(tensors: StateDict) -> StateDict:
     """Drop what OpenMMLab's own converters leave behind of a classification model."""
-    metadata = tensors._metadata
-    tensors = OrderedDict(
-        (k, v) for k, v in tensors.items() if not DROPPED.search(k) and not k.startswith('norm.')
-    )
-    _add_window_index(tensors)
-    tensors._metadata = metadata
-    return tensors
+    out = rename_all(tensors, re.compile(rf'^norm\.|{DROPPED.pattern}'))
+    _add_window_index(out)
+    out._metadata = tensors._metadata
+    return out
 
 
 def from_original(tensors: StateDict) -> StateDict:
@@ -67,5 +64,4 @@ def _channels_first(value: Tensor) -> Tensor:
 def _add_window_index(out: dict[str, Tensor]) -> None:
     for name in [k for k in out if k.endswith('.relative_position_bias_table')]:
         window_size = (int(out[name].shape[0] ** 0.5) + 1) // 2
-        index_name = name.replace('bias_table', 'index')
-        out[index_name] = relative_position_index(window_size)
+        out[name.replace('bias_table', 'index')] = relative_position_index(window_size)

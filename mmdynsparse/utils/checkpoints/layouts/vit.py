@@ -5,9 +5,8 @@ predictors.
 """
 
 import re
-from collections import OrderedDict
 
-from .common import StateDict, predictor_renames, rename
+from .common import StateDict, predictor_renames, rename_all
 
 DROPPED = re.compile(r'^(head|head_dist|fc_norm)\.|^dist_token$')
 TIMM = (
@@ -26,7 +25,7 @@ TIMM = (
 
 def from_timm(tensors: StateDict) -> StateDict:
     """Convert timm's names and those of the published DynamicViT."""
-    return OrderedDict((rename(k, TIMM), v) for k, v in tensors.items() if not DROPPED.match(k))
+    return rename_all(tensors, DROPPED, TIMM)
 
 
 def from_openmmlab(tensors: StateDict) -> StateDict:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from mmdynsparse.engine import seeding
-from mmdynsparse.engine.seeding import seed_each_process
+from mmdynsparse.engine import runs
+from mmdynsparse.engine.runs import seed_each_process
 
 
 @pytest.fixture
@@ -10,7 +10,7 @@ def draw(monkeypatch):
     """Function that draws a number in a process and an iteration that training starts from."""
 
     def number(rank, iteration, seed=0):
-        monkeypatch.setattr(seeding, 'get_dist_info', lambda: (rank, 2))
+        monkeypatch.setattr(runs, 'get_dist_info', lambda: (rank, 2))
         torch.manual_seed(seed)
         seed_each_process(iteration)
         return torch.rand(()).item()
