@@ -42,15 +42,8 @@ ARCHS = {
 class ConvNeXtBlock(BaseModule):
     """Depthwise convolution everywhere, then MLP (slow) or fast path for each location.
 
-    Args:
-        channels: Channels C of the map.
-        act_cfg: Activation of the MLP.
-        eps: Of the layer norm.
-        drop_path_rate: Stochastic depth.
-        layer_scale_init_value: Initial LayerScale of the MLP; 0 leaves it out.
-        with_cp: Whether activations are recomputed in the backward pass.
-        fast_path: Config of the fast path, or None for a block that is never sparse or whose
-            dropped locations stay as they are.
+    ``fast_path`` is a config, or None for a block that is never sparse or whose dropped locations
+    stay as they are. The other arguments are as of the backbone.
     """
 
     def __init__(

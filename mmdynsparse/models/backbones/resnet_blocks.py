@@ -57,23 +57,13 @@ class ResidualBlock(BaseModule):
     A block that changes the size of the map, or its channels, projects the identity and is always
     dense.
 
+    Arguments are as of the backbone, with ``planes`` for the channels of the inner convolutions,
+    ``dcn`` None in a stage without it, and the ``plugins`` of this stage. As in the original, the
+    first block takes ``fallback_on_stride`` out of ``dcn``. Without a ``fast_path`` dropped
+    positions stay as they are.
+
     Attributes:
         halo: Border around a cell that the branch reads, in positions.
-
-    Args:
-        in_channels: Channels of the input.
-        planes: Channels of the inner convolutions.
-        stride: Of the block.
-        dilation: Of the 3 x 3 convolution, the first one of a basic block.
-        style: Of a bottleneck, 'pytorch': the 3 x 3 convolution strides; 'caffe': the first one.
-        avg_down: Whether the projection strides by average pooling.
-        conv_cfg: Convolutions, or None for plain ones.
-        norm_cfg: Normalization.
-        dcn: Of a bottleneck, deformable convolution in place of the 3 x 3, or None. As in the
-            original, the first block takes ``fallback_on_stride`` out of it.
-        plugins: Of a bottleneck, each a dict(cfg=..., position='after_conv1'), or a later one.
-        with_cp: Whether activations are recomputed in the backward pass.
-        fast_path: Config of the fast path, or None: dropped positions stay as they are.
 
     Raises:
         ValueError: If ``dcn`` or a plugin does not fit the block.

@@ -36,21 +36,7 @@ from .sparse_backbone import SparseBackbone, checkpoint_cfg
 
 
 class TransformerEncoderLayer(BaseModule):
-    """Attention and FFN over all tokens, or over the kept ones.
-
-    Args:
-        embed_dims: Channels C.
-        num_heads: Attention heads.
-        feedforward_channels: Hidden channels of the FFN.
-        norm_cfg: Normalization.
-        qkv_bias: Whether the projections of the attention have a bias.
-        drop_rate: Dropout of the outputs.
-        attn_drop_rate: Dropout of the attention weights.
-        drop_path_rate: Stochastic depth of the FFN.
-        act_cfg: Activation of the FFN.
-        num_fcs: Linear layers of the FFN.
-        with_cp: Whether activations are recomputed in the backward pass.
-    """
+    """Attention and FFN over all tokens, or over the kept ones; arguments as of the backbone."""
 
     def __init__(
         self,
@@ -71,13 +57,7 @@ class TransformerEncoderLayer(BaseModule):
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = TokenMSA(embed_dims, num_heads, attn_drop_rate, drop_rate, qkv_bias)
         self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FFN(
-            embed_dims,
-            feedforward_channels,
-            num_fcs=num_fcs,
-            ffn_drop=drop_rate,
-            act_cfg=act_cfg,
-        )
+        self.ffn = FFN(embed_dims, feedforward_channels, act_cfg, num_fcs, ffn_drop=drop_rate)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
