@@ -23,7 +23,7 @@ from ...ops import Plan, two_paths
 from ...ops.kernels import MlpWeights
 from ...registry import MODELS
 from ..decider import build_part
-from .sparse_backbone import StagedBackbone, checkpoint_cfg
+from .sparse_backbone import StagedBackbone, checkpoint_cfg, output_indices
 
 ARCHS = {
     'atto': ((2, 2, 6, 2), (40, 80, 160, 320)),
@@ -153,13 +153,15 @@ class SparseConvNeXt(StagedBackbone):
         super().__init__(
             sparsity,
             depths,
-            _out_indices(out_indices, len(depths)),
+            output_indices(out_indices, -len(depths), len(depths)),
             frozen_stages,
             checkpoint_cfg(init_cfg),
             predictor=dict(type='mmdynsparse.LocalGlobalPredictor', eps=1e-6),
             fast_path=dict(type='mmdynsparse.LinearFastPath', eps=1e-6, layer_scale=1e-6),
         )
-        eps = _norm_eps(norm_cfg or dict(type='LN2d', eps=1e-6))
+        norm_cfg = norm_cfg or dict(type='LN2d')
+        eps = norm_cfg.get('eps', 1e-6)
+        _check_fixed("norm_cfg['type']", norm_cfg.get('type'), 'LN2d')
         _check_fixed('linear_pw_conv', linear_pw_conv, True)
         _check_fixed('use_grn', use_grn, False)
         self.gap_before_final_norm = gap_before_final_norm
@@ -171,18 +173,14 @@ class SparseConvNeXt(StagedBackbone):
             self.downsample_layers.append(merge)
 
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        args = dict(act_cfg=act_cfg or dict(type='GELU'), eps=eps, with_cp=with_cp)
+        args.update(layer_scale_init_value=layer_scale_init_value)
         self.stages = ModuleList()
         self.predictors = ModuleList()
         for i, (depth, c) in enumerate(zip(depths, channels, strict=True)):
             blocks = [
                 ConvNeXtBlock(
-                    c,
-                    act_cfg=act_cfg or dict(type='GELU'),
-                    eps=eps,
-                    drop_path_rate=next(rates),
-                    layer_scale_init_value=layer_scale_init_value,
-                    with_cp=with_cp,
-                    fast_path=self.fast_path_cfg(i, j),
+                    c, drop_path_rate=next(rates), fast_path=self.fast_path_cfg(i, j), **args
                 )
                 for j in range(depth)
             ]
@@ -226,18 +224,6 @@ def _arch(arch: str | dict) -> tuple[Sequence[int], Sequence[int]]:
     return tuple(arch['depths']), tuple(arch['channels'])
 
 
-def _norm_eps(norm_cfg: dict) -> float:
-    _check_fixed("norm_cfg['type']", norm_cfg.get('type'), 'LN2d')
-    return norm_cfg.get('eps', 1e-6)
-
-
 def _check_fixed(name: str, value: object, allowed: object) -> None:
     if value != allowed:
         raise ValueError(f'{name} must be {allowed!r}, got {value!r}')
-
-
-def _out_indices(out_indices: int | Sequence[int], stages: int) -> tuple[int, ...]:
-    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    if not given or not all(-stages <= i < stages for i in given):
-        raise ValueError(f'out_indices must be in {-stages} to {stages - 1}, got {out_indices}')
-    return tuple(i % stages for i in given)

@@ -162,12 +162,9 @@ class ResidualBlock(BaseModule):
         return None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the block's output (B, C, H', W').
+        """Return the block's output (B, C, H', W') for maps (B, C_in, H, W).
 
-        Args:
-            x: Map (B, C_in, H, W).
-            mask: (B, 1, H, W), 1 where the branch applies and 0 where the fast path does.
-                Defaults to None, the branch everywhere.
+        The mask (B, 1, H, W) is 1 where the branch applies and 0 where the fast path does.
         """
         if self.with_cp and x.requires_grad:
             return cp.checkpoint(self._forward, x, mask, use_reentrant=False)
@@ -185,12 +182,7 @@ class ResidualBlock(BaseModule):
         return self.relu(out)
 
     def update_cells(self, table: Tensor, cells: Cells) -> None:
-        """Apply the block to a table of rows (see ``ops.cells``), in place.
-
-        Args:
-            table: (P + 2, C), from ``cell_table``.
-            cells: The kept cells, with rows for this block's halo.
-        """
+        """Apply the block to a table as of ``cell_table``, in place; rows are for its halo."""
         kept = cells.kept
         # Both paths read the table before either writes to it.
         slow = None

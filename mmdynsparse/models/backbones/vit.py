@@ -32,7 +32,7 @@ from ...ops import (
 )
 from ...registry import MODELS
 from ...utils.checkpoints import resize_pos_embed
-from .sparse_backbone import SparseBackbone, checkpoint_cfg
+from .sparse_backbone import SparseBackbone, checkpoint_cfg, output_indices
 
 
 class TransformerEncoderLayer(BaseModule):
@@ -63,14 +63,9 @@ class TransformerEncoderLayer(BaseModule):
     def forward(
         self, x_BTC: Tensor, policy_BT: Tensor | None = None, valid_BT: Tensor | None = None
     ) -> Tensor:
-        """Return the tokens (B, T, C) after the layer.
+        """Return the tokens (B, T, C) after the layer; arguments as of ``TokenMSA``.
 
-        Args:
-            x_BTC: Tokens.
-            policy_BT: 1 for kept tokens, 0 for dropped ones, which nobody attends and which stay
-                as they are (masked execution). Defaults to None, all are kept.
-            valid_BT: False for tokens that are not there (gathered execution of a batch whose
-                images keep different numbers). Defaults to None.
+        Tokens that the policy drops stay as they are.
         """
         if self.with_cp and x_BTC.requires_grad:
             return cp.checkpoint(self._forward, x_BTC, policy_BT, valid_BT, use_reentrant=False)
@@ -171,17 +166,12 @@ class SparseVisionTransformer(SparseBackbone):
         sparsity: Mapping | None = None,
         reactivate: bool = False,
     ) -> None:
-        super().__init__(
-            sparsity,
-            (num_layers,),
-            checkpoint_cfg(init_cfg, pretrained),
-            falling=not reactivate,
-            locations={0: tuple(num_layers * i // 4 for i in (1, 2, 3))},
-            schedule='power',
-            fast_path=None,
-        )
+        cfg = checkpoint_cfg(init_cfg, pretrained)
+        quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
+        defaults = dict(locations={0: quarters}, schedule='power', fast_path=None)
+        super().__init__(sparsity, (num_layers,), cfg, falling=not reactivate, **defaults)
         self.reactivate = reactivate
-        self.out_indices = _out_indices(out_indices, num_layers)
+        self.out_indices = output_indices(out_indices, -1, num_layers)
         self.out_origin = out_origin
         self.with_cls_token = with_cls_token
         self.output_cls_token = output_cls_token
@@ -361,10 +351,3 @@ class SparseVisionTransformer(SparseBackbone):
                 f'sparsity.locations[0] takes layers up to the last output, '
                 f'{max(self.out_indices)}, got {self.stage_locations(0)}'
             )
-
-
-def _out_indices(out_indices: int | Sequence[int], layers: int) -> tuple[int, ...]:
-    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    if not given or not all(-1 <= i < layers for i in given):
-        raise ValueError(f'out_indices must be in -1 to {layers - 1}, got {out_indices}')
-    return tuple(i % layers for i in given)
