@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks.drop import DropPath
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_init
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from ...ops import Plan, two_paths
 from ...ops.kernels import MlpWeights
 from ...registry import MODELS
 from ..decider import build_part
-from .sparse_backbone import StagedBackbone, checkpoint_cfg, output_indices
+from .sparse_backbone import Block, StagedBackbone, checkpoint_cfg, output_indices
 
 ARCHS = {
     'atto': ((2, 2, 6, 2), (40, 80, 160, 320)),
@@ -39,7 +38,7 @@ ARCHS = {
 }
 
 
-class ConvNeXtBlock(BaseModule):
+class ConvNeXtBlock(Block):
     """Depthwise convolution everywhere, then MLP (slow) or fast path for each location.
 
     ``fast_path`` is a config, or None for a block that is never sparse or whose dropped locations
@@ -56,8 +55,7 @@ class ConvNeXtBlock(BaseModule):
         with_cp: bool,
         fast_path: dict | None,
     ) -> None:
-        super().__init__()
-        self.with_cp = with_cp
+        super().__init__(with_cp)
         self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
         self.norm = LayerNorm2d(channels, eps=eps)
         self.pointwise_conv1 = Linear(channels, 4 * channels)
@@ -69,13 +67,8 @@ class ConvNeXtBlock(BaseModule):
         self.fast_path = build_part(fast_path, channels) if fast_path else None
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        """Return the block's output for maps (B, C, H, W)."""
-        if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, plan, use_reentrant=False)
-        return self._forward(x, plan)
-
     def _forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """Return the block's output for maps (B, C, H, W)."""
         mixed_BHWC = self.depthwise_conv(x).permute(0, 2, 3, 1)
         tokens_BNC = x.permute(0, 2, 3, 1).flatten(1, 2)
         paths = (self._slow_path, self.fast_path)

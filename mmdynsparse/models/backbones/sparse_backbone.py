@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import ClassVar
 
+import torch.utils.checkpoint as cp
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -27,6 +28,24 @@ from ...utils.checkpoints import is_new, load_pretrained
 from ..decider import Decider, build_part
 from ..features import with_decisions
 from ..sparsity import Sparsity
+
+
+class Block(BaseModule):
+    """A block of a backbone, which computes ``_forward``.
+
+    Args:
+        with_cp: Whether activations are recomputed in the backward pass.
+    """
+
+    def __init__(self, with_cp: bool) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor, *args) -> Tensor:
+        """Return the block's output; the arguments are those of ``_forward``."""
+        if self.with_cp and x.requires_grad:
+            return cp.checkpoint(self._forward, x, *args, use_reentrant=False)
+        return self._forward(x, *args)
 
 
 class SparseBackbone(BaseModule):

@@ -9,7 +9,6 @@ Sparsification* (T-PAMI 2023, arXiv 2207.01580). Arguments and state-dict names 
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.utils.checkpoint as cp
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.drop import DropPath
 from mmengine.model import BaseModule, ModuleList
@@ -23,10 +22,10 @@ from ...ops.kernels import MlpWeights
 from ...registry import MODELS
 from ...utils.checkpoints import resize_bias_table, resize_pos_embed
 from ..decider import build_part
-from .sparse_backbone import StagedBackbone, checkpoint_cfg
+from .sparse_backbone import Block, StagedBackbone, checkpoint_cfg
 
 
-class SwinBlock(BaseModule):
+class SwinBlock(Block):
     """Window attention, then FFN (slow) or fast path for each token.
 
     With ``shift`` the windows are shifted by half their side. ``fast_path`` is a config, or None
@@ -51,8 +50,7 @@ class SwinBlock(BaseModule):
         sparse_attention: bool,
         **attn_kwargs,
     ) -> None:
-        super().__init__()
-        self.with_cp = with_cp
+        super().__init__(with_cp)
         self.sparse_attention = sparse_attention
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = ShiftWindowMSA(
@@ -68,17 +66,10 @@ class SwinBlock(BaseModule):
         self.fast_path = build_part(fast_path, embed_dims) if fast_path else None
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(
+    def _forward(
         self, x: Tensor, hw: tuple[int, int], plan: Plan, rows: WindowRows | None = None
     ) -> Tensor:
         """Return the block's output for tokens (B, N, C); ``rows`` as of ``ShiftWindowMSA``."""
-        if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, hw, plan, rows, use_reentrant=False)
-        return self._forward(x, hw, plan, rows)
-
-    def _forward(
-        self, x: Tensor, hw: tuple[int, int], plan: Plan, rows: WindowRows | None
-    ) -> Tensor:
         if rows is not None:
             return self._forward_kept(x, hw, plan, rows)
         update = self.attn(self.norm1(x), hw)

@@ -10,11 +10,10 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.utils.checkpoint as cp
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.drop import DropPath
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, kaiming_init, trunc_normal_
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
@@ -32,10 +31,10 @@ from ...ops import (
 )
 from ...registry import MODELS
 from ...utils.checkpoints import resize_pos_embed
-from .sparse_backbone import SparseBackbone, checkpoint_cfg, output_indices
+from .sparse_backbone import Block, SparseBackbone, checkpoint_cfg, output_indices
 
 
-class TransformerEncoderLayer(BaseModule):
+class TransformerEncoderLayer(Block):
     """Attention and FFN over all tokens, or over the kept ones; arguments as of the backbone."""
 
     def __init__(
@@ -52,26 +51,20 @@ class TransformerEncoderLayer(BaseModule):
         num_fcs: int,
         with_cp: bool,
     ) -> None:
-        super().__init__()
-        self.with_cp = with_cp
+        super().__init__(with_cp)
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = TokenMSA(embed_dims, num_heads, attn_drop_rate, drop_rate, qkv_bias)
         self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = FFN(embed_dims, feedforward_channels, act_cfg, num_fcs, ffn_drop=drop_rate)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(
-        self, x_BTC: Tensor, policy_BT: Tensor | None = None, valid_BT: Tensor | None = None
+    def _forward(
+        self, x: Tensor, policy_BT: Tensor | None = None, valid_BT: Tensor | None = None
     ) -> Tensor:
         """Return the tokens (B, T, C) after the layer; arguments as of ``TokenMSA``.
 
         Tokens that the policy drops stay as they are.
         """
-        if self.with_cp and x_BTC.requires_grad:
-            return cp.checkpoint(self._forward, x_BTC, policy_BT, valid_BT, use_reentrant=False)
-        return self._forward(x_BTC, policy_BT, valid_BT)
-
-    def _forward(self, x: Tensor, policy_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor:
         y = x + self.attn(self.ln1(x), policy_BT, valid_BT)
         y = y + self.drop_path(self.ffn(self.ln2(y)))
         return y if policy_BT is None else torch.lerp(x, y, policy_BT.unsqueeze(-1).to(y.dtype))
