@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from mmdynsparse.analysis import compare_latency
-from mmdynsparse.ops import map_tiles
+from mmdynsparse.ops import cell_table, take_tiles
+from mmdynsparse.ops.cells import rows_of_cells
 from mmdynsparse.ops.kernels import LinearWeights, MlpWeights, get_kernel
 
 # Largest error, relative to the largest value: some roundings of the dtype.
@@ -156,7 +157,9 @@ def conv_case(
     kernel = get_kernel('cell_conv')
 
     def gathered() -> Tensor:
-        tiles = map_tiles(x_BCHW, cells_K, cell_size, halo=1)
+        rows = rows_of_cells(batch, (size, size), cell_size, 1, x_BCHW.device)
+        rows = rows.index_select(0, cells_K).flatten()
+        tiles = take_tiles(cell_table(x_BCHW), rows, cell_size + 2)
         out = F.conv2d(tiles, weight, bias).relu_()
         return out.contiguous(memory_format=torch.channels_last)
 

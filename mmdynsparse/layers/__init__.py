@@ -9,26 +9,3 @@ from .plain import check_plain, is_plain
 from .predictor import CellPredictor, LocalGlobalPredictor
 from .token_attention import TokenMSA
 from .window_attention import ShiftWindowMSA, WindowMSA
-
-__all__ = [
-    'FFN',
-    'CellPredictor',
-    'LayerNorm2d',
-    'Linear',
-    'LinearFastPath',
-    'LocalGlobalPredictor',
-    'LowRankFastPath',
-    'PatchEmbed',
-    'PatchMerging',
-    'ShiftWindowMSA',
-    'TokenMSA',
-    'WindowMSA',
-    'apply_linear',
-    'can_fold',
-    'check_plain',
-    'conv_norm',
-    'fold_norm',
-    'is_plain',
-    'linear_act',
-    'mlp_weights',
-]

@@ -13,16 +13,7 @@ import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from torch import Tensor
 
-from ..ops import (
-    CellRows,
-    Plan,
-    cell_grid,
-    cell_rows,
-    cell_table,
-    region,
-    take_tiles,
-    tile_rows,
-)
+from ..ops import CellRows, Plan, cell_grid, cell_rows, cell_table, region, take_tiles, tile_rows
 from .conv_module import conv_module
 
 
@@ -105,16 +96,9 @@ def channels_last(x_BCHW: Tensor) -> Tensor:
 def check_half_size(
     part: str, first: tuple[int, int], second: tuple[int, int], cell_size: int
 ) -> None:
-    """Check that cells of two maps cover the same area.
+    """Raise a ValueError if cells of the two finest maps of a part do not cover the same area.
 
-    Args:
-        part: What computes them, for the message.
-        first: Height and width of the finest map.
-        second: Those of the next one.
-        cell_size: Side of the cells of the first map; those of the second are half as large.
-
-    Raises:
-        ValueError: If they do not.
+    Cells have a side of ``cell_size`` on the first map, and half of it on the second.
     """
     if cell_grid(second, cell_size // 2) != cell_grid(first, cell_size):
         raise ValueError(

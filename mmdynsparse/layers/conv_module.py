@@ -60,15 +60,9 @@ def _by_running_statistics(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def check_conv_modules(parent: nn.Module, names: str) -> None:
-    """Check that every ConvModule in a module can run on tiles.
+    """Raise a ValueError, which blames ``names``, if a ConvModule cannot run on tiles.
 
-    Args:
-        parent: The module.
-        names: Of the arguments to blame.
-
-    Raises:
-        ValueError: If a convolution is not a plain one, or a norm is not an affine batch norm with
-            running statistics.
+    It can with a plain convolution and no norm but an affine batch norm with running statistics.
     """
     for module in parent.modules():
         if not isinstance(module, ConvModule):

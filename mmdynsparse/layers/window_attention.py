@@ -174,12 +174,9 @@ class ShiftWindowMSA(BaseModule):
             return self._attend(x, hw) if rows is None else self._attend_kept(x, hw, rows)
 
     def kept_rows(self, kept_K: Tensor, batch: int, hw: tuple[int, int]) -> WindowRows:
-        """Find what ``forward`` reads; it depends on the decision, the map and the shift.
+        """Find what ``forward`` reads, see :func:`mmdynsparse.ops.kept_window_rows`.
 
-        Args:
-            kept_K: Positions of the kept tokens in the flattened (B * N) batch, int64.
-            batch: Number B of images.
-            hw: Height and width of the maps.
+        It depends on the decision, the map and the shift.
         """
         heads = self.w_msa.num_heads
         return kept_window_rows(kept_K, batch, hw, self.window_size, self.shift(hw), heads)

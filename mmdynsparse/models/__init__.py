@@ -1,19 +1,3 @@
 """Model parts that OpenMMLab's registries build."""
 
-from .backbones import (
-    SparseConvNeXt,
-    SparseResNet,
-    SparseResNetV1c,
-    SparseResNetV1d,
-    SparseSwinTransformer,
-    SparseVisionTransformer,
-)
-
-__all__ = [
-    'SparseConvNeXt',
-    'SparseResNet',
-    'SparseResNetV1c',
-    'SparseResNetV1d',
-    'SparseSwinTransformer',
-    'SparseVisionTransformer',
-]
+from .backbones import *  # noqa: F403

@@ -272,11 +272,6 @@ def _cell_scores(decision: Decision, hw: tuple[int, int], cell_size: int) -> Ten
 
     Strides are powers of two. Cells at the right and bottom edge may then reach beyond the map;
     others are taken to divide it evenly.
-
-    Args:
-        decision: Made at any stride.
-        hw: Height and width of the map.
-        cell_size: Side of its cells, in locations.
     """
     (rows, columns), stride = decision.grid, 1
     while stride * decision.hw[0] < hw[0] or stride * decision.hw[1] < hw[1]:

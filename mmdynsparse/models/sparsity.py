@@ -140,15 +140,7 @@ class CellSparsity:
 
     @classmethod
     def from_cfg(cls, cfg: Mapping, **defaults) -> 'CellSparsity':
-        """Check a config's ``sparsity`` dict.
-
-        Args:
-            cfg: The dict.
-            **defaults: Of a neck or head, where they differ from those of this class.
-
-        Raises:
-            ValueError: If a key is unknown or missing, or a value is outside its range.
-        """
+        """Check a config's ``sparsity`` dict, as :meth:`Sparsity.from_cfg` does."""
         check_keys(cfg, cls)
         self = cls(**{**defaults, **cfg})
         self.resolve(self.keep_ratio)
@@ -164,11 +156,7 @@ class CellSparsity:
         return self
 
     def resolve(self, keep_ratio: float) -> list[float]:
-        """Return the keep ratio of the only decision.
-
-        Raises:
-            ValueError: If it is outside (0, 1].
-        """
+        """Return the keep ratio of the only decision, if it is in (0, 1]."""
         check_ratio('sparsity.keep_ratio', keep_ratio)
         return [float(keep_ratio)]
 

@@ -59,7 +59,7 @@ def cell_positions(cells_K: Tensor, batch: int, hw: tuple[int, int], size: int) 
     They come cell by cell. Where shapes may not depend on values (``shapes_may_vary``) each cell
     has ``size ** 2`` of them: a cell at the edge repeats its first position.
     """
-    rows = _rows_of_cells(batch, hw, size, 0, cells_K.device).index_select(0, cells_K)
+    rows = rows_of_cells(batch, hw, size, 0, cells_K.device).index_select(0, cells_K)
     if hw[0] % size == 0 and hw[1] % size == 0:
         return rows.flatten()
     inside = rows < batch * hw[0] * hw[1]
@@ -79,8 +79,8 @@ def cell_rows(cells_K: Tensor, batch: int, hw: tuple[int, int], size: int, halo:
         halo: Width of the border that a tile adds on each side.
     """
     rows, device = batch * hw[0] * hw[1], cells_K.device
-    inner = _rows_of_cells(batch, hw, size, 0, device).index_select(0, cells_K).flatten()
-    tile = _rows_of_cells(batch, hw, size, halo, device).index_select(0, cells_K).flatten()
+    inner = rows_of_cells(batch, hw, size, 0, device).index_select(0, cells_K).flatten()
+    tile = rows_of_cells(batch, hw, size, halo, device).index_select(0, cells_K).flatten()
     inner = torch.where(inner == rows, rows + 1, inner)
     if not shapes_may_vary(device):
         # A row that lies in several tiles counts once for each.
@@ -155,30 +155,13 @@ def take_tiles(table: Tensor, rows: Tensor, side: int) -> Tensor:
     return table.index_select(0, rows).view(-1, side, side, table.shape[1]).permute(0, 3, 1, 2)
 
 
-def map_tiles(x_BCHW: Tensor, cells_K: Tensor, size: int, halo: int) -> Tensor:
-    """Gather cells of a map with their halo, zero outside of the map.
-
-    Args:
-        x_BCHW: The map.
-        cells_K: int64 positions in the flattened (B * N) batch of cells.
-        size: Side g of a cell, in positions.
-        halo: Width of the border that a tile adds on each side.
-
-    Returns:
-        (K, C, G, G) with G = g + 2 * halo, channels last in memory.
-    """
-    b, _, h, w = x_BCHW.shape
-    rows = _rows_of_cells(b, (h, w), size, halo, cells_K.device).index_select(0, cells_K)
-    return take_tiles(cell_table(x_BCHW), rows.flatten(), size + 2 * halo)
-
-
 def tile_rows(tiles_KCGG: Tensor) -> Tensor:
     """Flatten tiles to rows (K * G * G, C), the inverse of :func:`take_tiles`."""
     return tiles_KCGG.permute(0, 2, 3, 1).reshape(-1, tiles_KCGG.shape[1])
 
 
 @cached
-def _rows_of_cells(
+def rows_of_cells(
     batch: int, hw: tuple[int, int], size: int, halo: int, device: torch.device
 ) -> Tensor:
     """Row of every position of every tile, (B * N, G * G) int64; P outside of the map."""

@@ -192,15 +192,7 @@ class WindowRows(NamedTuple):
 def window_layout(
     batch: int, hw: tuple[int, int], window_size: int, shift: int, device: torch.device
 ) -> WindowLayout:
-    """Find where :func:`window_partition` puts the tokens.
-
-    Args:
-        batch: Number of images.
-        hw: Height and width of the maps.
-        window_size: Side of a window, in tokens.
-        shift: Cyclic shift in tokens, 0 <= shift < window_size.
-        device: Where the index tensors are put.
-    """
+    """Find where :func:`window_partition` puts the tokens of ``batch`` maps of size ``hw``."""
     token_BHWC = torch.arange(batch * hw[0] * hw[1], device=device).view(batch, *hw, 1)
     padding = token_BHWC.new_full((1,), token_BHWC.numel())
     token_AhTD = window_partition(token_BHWC, window_size, shift, padding)[0]

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks.drop import DropPath
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_init
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from ...ops import Plan, two_paths
 from ...ops.kernels import MlpWeights
 from ...registry import MODELS
 from ..decider import build_part
-from .sparse_backbone import StagedBackbone, checkpoint_cfg
+from .sparse_backbone import Block, StagedBackbone, checkpoint_cfg, output_indices
 
 ARCHS = {
     'atto': ((2, 2, 6, 2), (40, 80, 160, 320)),
@@ -39,18 +38,11 @@ ARCHS = {
 }
 
 
-class ConvNeXtBlock(BaseModule):
+class ConvNeXtBlock(Block):
     """Depthwise convolution everywhere, then MLP (slow) or fast path for each location.
 
-    Args:
-        channels: Channels C of the map.
-        act_cfg: Activation of the MLP.
-        eps: Of the layer norm.
-        drop_path_rate: Stochastic depth.
-        layer_scale_init_value: Initial LayerScale of the MLP; 0 leaves it out.
-        with_cp: Whether activations are recomputed in the backward pass.
-        fast_path: Config of the fast path, or None for a block that is never sparse or whose
-            dropped locations stay as they are.
+    ``fast_path`` is a config, or None for a block that is never sparse or whose dropped locations
+    stay as they are. The other arguments are as of the backbone.
     """
 
     def __init__(
@@ -63,8 +55,7 @@ class ConvNeXtBlock(BaseModule):
         with_cp: bool,
         fast_path: dict | None,
     ) -> None:
-        super().__init__()
-        self.with_cp = with_cp
+        super().__init__(with_cp)
         self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
         self.norm = LayerNorm2d(channels, eps=eps)
         self.pointwise_conv1 = Linear(channels, 4 * channels)
@@ -76,13 +67,8 @@ class ConvNeXtBlock(BaseModule):
         self.fast_path = build_part(fast_path, channels) if fast_path else None
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        """Return the block's output for maps (B, C, H, W)."""
-        if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, plan, use_reentrant=False)
-        return self._forward(x, plan)
-
     def _forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """Return the block's output for maps (B, C, H, W)."""
         mixed_BHWC = self.depthwise_conv(x).permute(0, 2, 3, 1)
         tokens_BNC = x.permute(0, 2, 3, 1).flatten(1, 2)
         paths = (self._slow_path, self.fast_path)
@@ -160,13 +146,15 @@ class SparseConvNeXt(StagedBackbone):
         super().__init__(
             sparsity,
             depths,
-            _out_indices(out_indices, len(depths)),
+            output_indices(out_indices, -len(depths), len(depths)),
             frozen_stages,
             checkpoint_cfg(init_cfg),
             predictor=dict(type='mmdynsparse.LocalGlobalPredictor', eps=1e-6),
             fast_path=dict(type='mmdynsparse.LinearFastPath', eps=1e-6, layer_scale=1e-6),
         )
-        eps = _norm_eps(norm_cfg or dict(type='LN2d', eps=1e-6))
+        norm_cfg = norm_cfg or dict(type='LN2d')
+        eps = norm_cfg.get('eps', 1e-6)
+        _check_fixed("norm_cfg['type']", norm_cfg.get('type'), 'LN2d')
         _check_fixed('linear_pw_conv', linear_pw_conv, True)
         _check_fixed('use_grn', use_grn, False)
         self.gap_before_final_norm = gap_before_final_norm
@@ -178,18 +166,14 @@ class SparseConvNeXt(StagedBackbone):
             self.downsample_layers.append(merge)
 
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        args = dict(act_cfg=act_cfg or dict(type='GELU'), eps=eps, with_cp=with_cp)
+        args.update(layer_scale_init_value=layer_scale_init_value)
         self.stages = ModuleList()
         self.predictors = ModuleList()
         for i, (depth, c) in enumerate(zip(depths, channels, strict=True)):
             blocks = [
                 ConvNeXtBlock(
-                    c,
-                    act_cfg=act_cfg or dict(type='GELU'),
-                    eps=eps,
-                    drop_path_rate=next(rates),
-                    layer_scale_init_value=layer_scale_init_value,
-                    with_cp=with_cp,
-                    fast_path=self.fast_path_cfg(i, j),
+                    c, drop_path_rate=next(rates), fast_path=self.fast_path_cfg(i, j), **args
                 )
                 for j in range(depth)
             ]
@@ -233,18 +217,6 @@ def _arch(arch: str | dict) -> tuple[Sequence[int], Sequence[int]]:
     return tuple(arch['depths']), tuple(arch['channels'])
 
 
-def _norm_eps(norm_cfg: dict) -> float:
-    _check_fixed("norm_cfg['type']", norm_cfg.get('type'), 'LN2d')
-    return norm_cfg.get('eps', 1e-6)
-
-
 def _check_fixed(name: str, value: object, allowed: object) -> None:
     if value != allowed:
         raise ValueError(f'{name} must be {allowed!r}, got {value!r}')
-
-
-def _out_indices(out_indices: int | Sequence[int], stages: int) -> tuple[int, ...]:
-    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    if not given or not all(-stages <= i < stages for i in given):
-        raise ValueError(f'out_indices must be in {-stages} to {stages - 1}, got {out_indices}')
-    return tuple(i % stages for i in given)

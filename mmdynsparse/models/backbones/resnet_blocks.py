@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import ClassVar, NamedTuple
 
-import torch.utils.checkpoint as cp
 from mmcv.cnn import build_conv_layer, build_norm_layer, build_plugin_layer
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...layers import can_fold, conv_norm, fold_norm, is_plain
 from ...ops import CellRows, put_rows, region, table_map, take_tiles, tile_rows
 from ...ops.kernels import get_kernel
-from .sparse_backbone import build_part
+from ..decider import build_part
+from .sparse_backbone import Block
 
 
 class Cells(NamedTuple):
@@ -51,29 +50,19 @@ class Layer(NamedTuple):
     dilation: int = 1
 
 
-class ResidualBlock(BaseModule):
+class ResidualBlock(Block):
     """What basic blocks and bottlenecks share: layers, identity, mask, fast path.
 
     A block that changes the size of the map, or its channels, projects the identity and is always
     dense.
 
+    Arguments are as of the backbone, with ``planes`` for the channels of the inner convolutions,
+    ``dcn`` None in a stage without it, and the ``plugins`` of this stage. As in the original, the
+    first block takes ``fallback_on_stride`` out of ``dcn``. Without a ``fast_path`` dropped
+    positions stay as they are.
+
     Attributes:
         halo: Border around a cell that the branch reads, in positions.
-
-    Args:
-        in_channels: Channels of the input.
-        planes: Channels of the inner convolutions.
-        stride: Of the block.
-        dilation: Of the 3 x 3 convolution, the first one of a basic block.
-        style: Of a bottleneck, 'pytorch': the 3 x 3 convolution strides; 'caffe': the first one.
-        avg_down: Whether the projection strides by average pooling.
-        conv_cfg: Convolutions, or None for plain ones.
-        norm_cfg: Normalization.
-        dcn: Of a bottleneck, deformable convolution in place of the 3 x 3, or None. As in the
-            original, the first block takes ``fallback_on_stride`` out of it.
-        plugins: Of a bottleneck, each a dict(cfg=..., position='after_conv1'), or a later one.
-        with_cp: Whether activations are recomputed in the backward pass.
-        fast_path: Config of the fast path, or None: dropped positions stay as they are.
 
     Raises:
         ValueError: If ``dcn`` or a plugin does not fit the block.
@@ -96,7 +85,7 @@ class ResidualBlock(BaseModule):
         with_cp: bool,
         fast_path: dict | None,
     ) -> None:
-        super().__init__()
+        super().__init__(with_cp)
         if self.expansion == 1 and (dcn is not None or plugins):
             raise ValueError(f'dcn and plugins need a depth of 50 or more, got {dcn or plugins}')
         self.relu = nn.ReLU(inplace=True)
@@ -122,7 +111,6 @@ class ResidualBlock(BaseModule):
                 build_conv_layer(conv_cfg, in_channels, channels, 1, conv_stride, bias=False),
                 build_norm_layer(norm_cfg, channels)[1],
             )
-        self.with_cp = with_cp
         self.fast_path = build_part(fast_path, channels) if fast_path else None
 
     def _geometry(self, planes: int, stride: int, dilation: int, style: str) -> list[Layer]:
@@ -171,19 +159,11 @@ class ResidualBlock(BaseModule):
             return type(getattr(self, name)).__name__
         return None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the block's output (B, C, H', W').
+    def _forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the block's output (B, C, H', W') for maps (B, C_in, H, W).
 
-        Args:
-            x: Map (B, C_in, H, W).
-            mask: (B, 1, H, W), 1 where the branch applies and 0 where the fast path does.
-                Defaults to None, the branch everywhere.
+        The mask (B, 1, H, W) is 1 where the branch applies and 0 where the fast path does.
         """
-        if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, mask, use_reentrant=False)
-        return self._forward(x, mask)
-
-    def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         out = self._branch(x)
         if mask is not None:
             mask = mask.to(out.dtype)
@@ -195,12 +175,7 @@ class ResidualBlock(BaseModule):
         return self.relu(out)
 
     def update_cells(self, table: Tensor, cells: Cells) -> None:
-        """Apply the block to a table of rows (see ``ops.cells``), in place.
-
-        Args:
-            table: (P + 2, C), from ``cell_table``.
-            cells: The kept cells, with rows for this block's halo.
-        """
+        """Apply the block to a table as of ``cell_table``, in place; rows are for its halo."""
         kept = cells.kept
         # Both paths read the table before either writes to it.
         slow = None

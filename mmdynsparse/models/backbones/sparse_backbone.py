@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import ClassVar
 
+import torch.utils.checkpoint as cp
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -27,6 +28,24 @@ from ...utils.checkpoints import is_new, load_pretrained
 from ..decider import Decider, build_part
 from ..features import with_decisions
 from ..sparsity import Sparsity
+
+
+class Block(BaseModule):
+    """A block of a backbone, which computes ``_forward``.
+
+    Args:
+        with_cp: Whether activations are recomputed in the backward pass.
+    """
+
+    def __init__(self, with_cp: bool) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor, *args) -> Tensor:
+        """Return the block's output; the arguments are those of ``_forward``."""
+        if self.with_cp and x.requires_grad:
+            return cp.checkpoint(self._forward, x, *args, use_reentrant=False)
+        return self._forward(x, *args)
 
 
 class SparseBackbone(BaseModule):
@@ -187,17 +206,15 @@ class StagedBackbone(SparseBackbone):
         **defaults,
     ) -> None:
         super().__init__(sparsity, depths, init_cfg, **defaults)
-        if not out_indices or not all(0 <= i < len(depths) for i in out_indices):
-            raise ValueError(f'out_indices must be in 0 to {len(depths) - 1}, got {out_indices}')
+        self.out_indices = output_indices(out_indices, 0, len(depths))
         if not -1 <= frozen_stages <= len(depths):
             raise ValueError(f'frozen_stages must be in -1 to {len(depths)}, got {frozen_stages}')
-        last = max(out_indices)
+        last = max(self.out_indices)
         if self.sparsity is not None and max(self.sparsity.locations) > last:
             raise ValueError(
                 f'sparsity.locations takes stages up to the last output, {last}, '
                 f'got stage {max(self.sparsity.locations)}'
             )
-        self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -214,13 +231,7 @@ class StagedBackbone(SparseBackbone):
         return self._finish(outs, decisions)
 
     def _run_stage(self, x: Tensor, stage: int, decisions: list[Decision]) -> Tensor:
-        """Run the blocks of a stage: those before its first decision, then those of each.
-
-        Args:
-            x: The map.
-            stage: Its stage.
-            decisions: Those of this forward, to which the new ones are added.
-        """
+        """Run the blocks of a stage, and add its decisions to those of this forward."""
         blocks, locations = self._blocks(stage), self.stage_locations(stage)
         predictors = list(self._predictors(stage)) or [None] * len(locations)
         first = locations[0] if locations else len(blocks)
@@ -325,6 +336,14 @@ class StagedBackbone(SparseBackbone):
 def may_be_new(name: str) -> bool:
     """Whether a parameter may be missing in a dense checkpoint: sparse parts, output norms."""
     return is_new(name) or re.match(r'norm\d\.', name) is not None
+
+
+def output_indices(given: int | Sequence[int], lowest: int, count: int) -> tuple[int, ...]:
+    """Return ``out_indices`` counted from 0; a ValueError if one is not in the allowed range."""
+    indices = (given,) if isinstance(given, int) else tuple(given)
+    if not indices or not all(lowest <= i < count for i in indices):
+        raise ValueError(f'out_indices must be in {lowest} to {count - 1}, got {given}')
+    return tuple(i % count for i in indices)
 
 
 def checkpoint_cfg(init_cfg: dict | None, pretrained: str | None = None) -> dict | None:

@@ -9,7 +9,6 @@ Sparsification* (T-PAMI 2023, arXiv 2207.01580). Arguments and state-dict names 
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.utils.checkpoint as cp
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.drop import DropPath
 from mmengine.model import BaseModule, ModuleList
@@ -23,27 +22,16 @@ from ...ops.kernels import MlpWeights
 from ...registry import MODELS
 from ...utils.checkpoints import resize_bias_table, resize_pos_embed
 from ..decider import build_part
-from .sparse_backbone import StagedBackbone, checkpoint_cfg
+from .sparse_backbone import Block, StagedBackbone, checkpoint_cfg
 
 
-class SwinBlock(BaseModule):
+class SwinBlock(Block):
     """Window attention, then FFN (slow) or fast path for each token.
 
-    Args:
-        embed_dims: Channels C.
-        num_heads: Attention heads.
-        feedforward_channels: Hidden channels of the FFN.
-        window_size: Side of a window, in tokens.
-        shift: Whether windows are shifted by half their side.
-        drop_rate: Dropout of the FFN and of the attention's output.
-        drop_path_rate: Stochastic depth of both residual branches.
-        act_cfg: Activation of the FFN.
-        norm_cfg: Normalization.
-        with_cp: Whether activations are recomputed in the backward pass.
-        fast_path: Config of the fast path, or None for a block that is never sparse or whose
-            dropped tokens stay as they are.
-        sparse_attention: Whether attention updates kept tokens only.
-        **attn_kwargs: Further arguments of :class:`ShiftWindowMSA`.
+    With ``shift`` the windows are shifted by half their side. ``fast_path`` is a config, or None
+    for a block that is never sparse or whose dropped tokens stay as they are. With
+    ``sparse_attention``, attention too updates kept tokens only. ``attn_kwargs`` are further
+    arguments of :class:`ShiftWindowMSA`.
     """
 
     def __init__(
@@ -62,8 +50,7 @@ class SwinBlock(BaseModule):
         sparse_attention: bool,
         **attn_kwargs,
     ) -> None:
-        super().__init__()
-        self.with_cp = with_cp
+        super().__init__(with_cp)
         self.sparse_attention = sparse_attention
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = ShiftWindowMSA(
@@ -75,33 +62,14 @@ class SwinBlock(BaseModule):
             **attn_kwargs,
         )
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FFN(
-            embed_dims,
-            feedforward_channels,
-            act_cfg,
-            ffn_drop=drop_rate,
-        )
+        self.ffn = FFN(embed_dims, feedforward_channels, act_cfg, ffn_drop=drop_rate)
         self.fast_path = build_part(fast_path, embed_dims) if fast_path else None
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(
+    def _forward(
         self, x: Tensor, hw: tuple[int, int], plan: Plan, rows: WindowRows | None = None
     ) -> Tensor:
-        """Return the block's output for tokens (B, N, C).
-
-        Args:
-            x: Tokens.
-            hw: Height and width of the map.
-            plan: Which tokens take the slow path, and how that is executed.
-            rows: What attention reads if it is for kept tokens only. Defaults to None.
-        """
-        if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._forward, x, hw, plan, rows, use_reentrant=False)
-        return self._forward(x, hw, plan, rows)
-
-    def _forward(
-        self, x: Tensor, hw: tuple[int, int], plan: Plan, rows: WindowRows | None
-    ) -> Tensor:
+        """Return the block's output for tokens (B, N, C); ``rows`` as of ``ShiftWindowMSA``."""
         if rows is not None:
             return self._forward_kept(x, hw, plan, rows)
         update = self.attn(self.norm1(x), hw)
@@ -140,12 +108,7 @@ class SwinBlock(BaseModule):
 
 
 class SwinStage(BaseModule):
-    """The blocks of one stage, its predictors, and the merging that follows it.
-
-    Args:
-        blocks: The blocks.
-        predictors: What decides before some of them, nothing in a stage that follows.
-    """
+    """The blocks of one stage, its predictors, and the merging that follows it."""
 
     def __init__(self, blocks: Sequence[SwinBlock], predictors: Sequence[nn.Module]) -> None:
         super().__init__()

@@ -10,11 +10,10 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.utils.checkpoint as cp
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.drop import DropPath
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, kaiming_init, trunc_normal_
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
@@ -32,25 +31,11 @@ from ...ops import (
 )
 from ...registry import MODELS
 from ...utils.checkpoints import resize_pos_embed
-from .sparse_backbone import SparseBackbone, checkpoint_cfg
+from .sparse_backbone import Block, SparseBackbone, checkpoint_cfg, output_indices
 
 
-class TransformerEncoderLayer(BaseModule):
-    """Attention and FFN over all tokens, or over the kept ones.
-
-    Args:
-        embed_dims: Channels C.
-        num_heads: Attention heads.
-        feedforward_channels: Hidden channels of the FFN.
-        norm_cfg: Normalization.
-        qkv_bias: Whether the projections of the attention have a bias.
-        drop_rate: Dropout of the outputs.
-        attn_drop_rate: Dropout of the attention weights.
-        drop_path_rate: Stochastic depth of the FFN.
-        act_cfg: Activation of the FFN.
-        num_fcs: Linear layers of the FFN.
-        with_cp: Whether activations are recomputed in the backward pass.
-    """
+class TransformerEncoderLayer(Block):
+    """Attention and FFN over all tokens, or over the kept ones; arguments as of the backbone."""
 
     def __init__(
         self,
@@ -66,37 +51,20 @@ class TransformerEncoderLayer(BaseModule):
         num_fcs: int,
         with_cp: bool,
     ) -> None:
-        super().__init__()
-        self.with_cp = with_cp
+        super().__init__(with_cp)
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = TokenMSA(embed_dims, num_heads, attn_drop_rate, drop_rate, qkv_bias)
         self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FFN(
-            embed_dims,
-            feedforward_channels,
-            num_fcs=num_fcs,
-            ffn_drop=drop_rate,
-            act_cfg=act_cfg,
-        )
+        self.ffn = FFN(embed_dims, feedforward_channels, act_cfg, num_fcs, ffn_drop=drop_rate)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(
-        self, x_BTC: Tensor, policy_BT: Tensor | None = None, valid_BT: Tensor | None = None
+    def _forward(
+        self, x: Tensor, policy_BT: Tensor | None = None, valid_BT: Tensor | None = None
     ) -> Tensor:
-        """Return the tokens (B, T, C) after the layer.
+        """Return the tokens (B, T, C) after the layer; arguments as of ``TokenMSA``.
 
-        Args:
-            x_BTC: Tokens.
-            policy_BT: 1 for kept tokens, 0 for dropped ones, which nobody attends and which stay
-                as they are (masked execution). Defaults to None, all are kept.
-            valid_BT: False for tokens that are not there (gathered execution of a batch whose
-                images keep different numbers). Defaults to None.
+        Tokens that the policy drops stay as they are.
         """
-        if self.with_cp and x_BTC.requires_grad:
-            return cp.checkpoint(self._forward, x_BTC, policy_BT, valid_BT, use_reentrant=False)
-        return self._forward(x_BTC, policy_BT, valid_BT)
-
-    def _forward(self, x: Tensor, policy_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor:
         y = x + self.attn(self.ln1(x), policy_BT, valid_BT)
         y = y + self.drop_path(self.ffn(self.ln2(y)))
         return y if policy_BT is None else torch.lerp(x, y, policy_BT.unsqueeze(-1).to(y.dtype))
@@ -191,17 +159,12 @@ class SparseVisionTransformer(SparseBackbone):
         sparsity: Mapping | None = None,
         reactivate: bool = False,
     ) -> None:
-        super().__init__(
-            sparsity,
-            (num_layers,),
-            checkpoint_cfg(init_cfg, pretrained),
-            falling=not reactivate,
-            locations={0: tuple(num_layers * i // 4 for i in (1, 2, 3))},
-            schedule='power',
-            fast_path=None,
-        )
+        cfg = checkpoint_cfg(init_cfg, pretrained)
+        quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
+        defaults = dict(locations={0: quarters}, schedule='power', fast_path=None)
+        super().__init__(sparsity, (num_layers,), cfg, falling=not reactivate, **defaults)
         self.reactivate = reactivate
-        self.out_indices = _out_indices(out_indices, num_layers)
+        self.out_indices = output_indices(out_indices, -1, num_layers)
         self.out_origin = out_origin
         self.with_cls_token = with_cls_token
         self.output_cls_token = output_cls_token
@@ -381,10 +344,3 @@ class SparseVisionTransformer(SparseBackbone):
                 f'sparsity.locations[0] takes layers up to the last output, '
                 f'{max(self.out_indices)}, got {self.stage_locations(0)}'
             )
-
-
-def _out_indices(out_indices: int | Sequence[int], layers: int) -> tuple[int, ...]:
-    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    if not given or not all(-1 <= i < layers for i in given):
-        raise ValueError(f'out_indices must be in -1 to {layers - 1}, got {out_indices}')
-    return tuple(i % layers for i in given)

@@ -126,14 +126,10 @@ class SparseFPN(FPN):
     def _out(
         self, level: int, x: Tensor, coarse: Tensor | None, light: Tensor, plan: Plan
     ) -> Tensor:
-        """Return the output of a sparse level.
+        """Return the output of level 0 or 1.
 
-        Args:
-            level: 0 or 1.
-            x: The level's lateral map, or where ``coarse`` is given the map it is computed from.
-            coarse: Lateral map of the next level, whose enlargement is added to this one's.
-            light: Output of the next level.
-            plan: Which cells are kept, and how that is executed.
+        ``x`` is the level's lateral map. Where ``coarse``, the lateral map of the next level, is
+        given, ``x`` is what it is computed from. ``light`` is the output of the next level.
         """
         if plan.gathers:
             return self._in_cells(level, x, coarse, light, plan)

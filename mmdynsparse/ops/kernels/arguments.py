@@ -13,14 +13,10 @@ class MlpWeights(NamedTuple):
     """The slow path: ``gamma * (weight2 @ gelu(weight1 @ LayerNorm(x) + bias1) + bias2)``.
 
     Attributes:
-        norm_weight: (C,).
-        norm_bias: (C,).
         eps: Of the layer norm.
-        weight1: (H, C).
-        bias1: (H,).
-        weight2: (C, H).
-        bias2: (C,).
-        gamma: LayerScale (C,), or None for none. Defaults to None.
+        weight1, bias1: (H, C) and (H,).
+        weight2: (C, H). All other tensors are (C,).
+        gamma: LayerScale, or None for none. Defaults to None.
     """
 
     norm_weight: Tensor
@@ -36,13 +32,7 @@ class MlpWeights(NamedTuple):
 class LinearWeights(NamedTuple):
     """The fast path: ``gamma * (weight @ LayerNorm(x) + bias)``.
 
-    Attributes:
-        norm_weight: (C,).
-        norm_bias: (C,).
-        eps: Of the layer norm.
-        weight: (C, C).
-        bias: (C,).
-        gamma: LayerScale (C,), or None for none. Defaults to None.
+    Tensors are (C,) but for ``weight``, which is (C, C); the rest is as in :class:`MlpWeights`.
     """
 
     norm_weight: Tensor
@@ -59,6 +49,11 @@ def tensors_of(*values: object) -> list[Tensor]:
     return [v for v in flat if isinstance(v, Tensor)]
 
 
+def contiguous(weights: MlpWeights | LinearWeights) -> MlpWeights | LinearWeights:
+    """Return the weights, contiguous in memory."""
+    return weights._make(v.contiguous() if isinstance(v, Tensor) else v for v in weights)
+
+
 def check_sparse_mlp(
     x_PC: Tensor,
     residual_PC: Tensor,
@@ -67,11 +62,7 @@ def check_sparse_mlp(
     mlp: MlpWeights,
     fast: LinearWeights | None,
 ) -> None:
-    """Check shapes and types of the arguments of ``sparse_mlp``.
-
-    Raises:
-        ValueError: If one of them does not fit; the message says which.
-    """
+    """Raise a ValueError if shapes or types of the arguments of ``sparse_mlp`` do not fit."""
     if x_PC.ndim != 2:
         raise ValueError(f'x_PC must have 2 dimensions, got shape {tuple(x_PC.shape)}')
     p, c = x_PC.shape
@@ -84,11 +75,11 @@ def check_sparse_mlp(
             f'kept_K and dropped_M must hold all {p} rows of x_PC together, '
             f'got {len(kept_K)} and {len(dropped_M)}'
         )
-    shapes = dict(weight1=(h, c), bias1=(h,), weight2=(c, h), bias2=(c,))
-    _check_weights('mlp', mlp, c, shapes)
+    matrices = [mlp.weight1, mlp.weight2]
+    _check_weights('mlp', mlp, c, weight1=(h, c), bias1=(h,), weight2=(c, h))
     if fast is not None:
-        _check_weights('fast', fast, c, dict(weight=(c, c), bias=(c,)))
-    matrices = [mlp.weight1, mlp.weight2] + ([] if fast is None else [fast.weight])
+        matrices.append(fast.weight)
+        _check_weights('fast', fast, c, weight=(c, c))
     _check_dtypes(tensors_of(x_PC, residual_PC, mlp, fast or ()), 'matrices', matrices)
 
 
@@ -100,11 +91,7 @@ def check_cell_conv(
     bias: Tensor | None,
     dilation: int,
 ) -> None:
-    """Check shapes and types of the arguments of ``cell_conv``.
-
-    Raises:
-        ValueError: If one of them does not fit; the message says which.
-    """
+    """Raise a ValueError if shapes or types of the arguments of ``cell_conv`` do not fit."""
     if x_BCHW.ndim != 4:
         raise ValueError(f'x_BCHW must have 4 dimensions, got shape {tuple(x_BCHW.shape)}')
     if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
@@ -113,10 +100,9 @@ def check_cell_conv(
             f'for shape {tuple(x_BCHW.shape)}'
         )
     _check_index('cells_K', cells_K)
-    if cell_size < 1:
-        raise ValueError(f'cell_size must be at least 1, got {cell_size}')
-    if dilation < 1:
-        raise ValueError(f'dilation must be at least 1, got {dilation}')
+    for name, value in (('cell_size', cell_size), ('dilation', dilation)):
+        if value < 1:
+            raise ValueError(f'{name} must be at least 1, got {value}')
     if tuple(weight.shape[2:]) not in ((1, 1), (3, 3)):
         raise ValueError(
             f'weight must be (C_out, C_in, k, k) with k 1 or 3, got shape {tuple(weight.shape)}'
@@ -128,14 +114,11 @@ def check_cell_conv(
     _check_dtypes(tensors, 'input, weight and bias', tensors)
 
 
-def _check_weights(
-    name: str, weights: MlpWeights | LinearWeights, c: int, shapes: dict[str, tuple[int, ...]]
-) -> None:
-    shapes = dict(norm_weight=(c,), norm_bias=(c,), **shapes)
-    if weights.gamma is not None:
-        shapes['gamma'] = (c,)
-    for field, shape in shapes.items():
-        _check_shape(f'{name}.{field}', getattr(weights, field), shape)
+def _check_weights(name: str, weights: MlpWeights | LinearWeights, c: int, **shapes: tuple) -> None:
+    """Check the shapes of weights, which are (c,) where nothing else is given."""
+    for field, value in weights._asdict().items():
+        if isinstance(value, Tensor):
+            _check_shape(f'{name}.{field}', value, shapes.get(field, (c,)))
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -154,7 +137,6 @@ def _check_dtypes(tensors: list[Tensor], names: str, alike: list[Tensor]) -> Non
     for x in tensors:
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f'tensors must be float32, float16 or bfloat16, got {x.dtype}')
-
     for x in alike[1:]:
         if x.dtype != alike[0].dtype:
             raise ValueError(f'{names} must have one dtype {alike[0].dtype}, got {x.dtype}')

@@ -37,6 +37,14 @@ def dot(a, b, acc, WIDEN: tl.constexpr):
     return tl.dot(a, b, acc, input_precision='ieee')
 
 
+@triton.jit
+def block_of(N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the rows and the columns, of N, that this program computes of the result."""
+    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    row_M = tl.program_id(0) // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
+    return row_M, tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
 INTERPRETED = not isinstance(dot, triton.JITFunction)
 
 
@@ -80,12 +88,7 @@ def widen(x: Tensor) -> bool:
 
 
 def check_launch(op: str, tensors: list[Tensor]) -> None:
-    """Check that a kernel can take these tensors.
-
-    Raises:
-        ValueError: If a tensor is not on a CUDA device (outside of the interpreter).
-        RuntimeError: If a tensor needs a gradient.
-    """
+    """Raise an error if a tensor is not on a CUDA device or needs a gradient."""
     for tensor in tensors:
         if not (tensor.is_cuda or INTERPRETED):
             raise ValueError(

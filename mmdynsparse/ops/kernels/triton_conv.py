@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cells import cell_grid
 from .arguments import check_cell_conv, tensors_of
-from .triton_common import check_launch, dot, grid_of, size_class, tuned, widen
+from .triton_common import block_of, check_launch, dot, grid_of, size_class, tuned, widen
 
 # Without a layer norm in the loop the registers hold more columns.
 WIDE_BLOCKS = ((128, 256, 64, 8, 3),)
@@ -53,34 +54,17 @@ def cell_conv(
     check_launch('cell_conv', tensors_of(x_BCHW, cells_K, weight, bias))
     k, c_out, g = len(cells_K), weight.shape[0], cell_size
     height, width = x_BCHW.shape[2:]
-    out_KCgg = torch.empty(
-        (k, c_out, g, g),
-        dtype=x_BCHW.dtype,
-        device=x_BCHW.device,
-        memory_format=torch.channels_last,
-    )
+    out_KCgg = x_BCHW.new_empty(k, g, g, c_out).permute(0, 3, 1, 2)
     if k == 0:
         return out_KCgg
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
     rows = k * g * g
+    counts = (rows, size_class(rows), height, width, *cell_grid((height, width), g))
+    sizes = dict(C_IN=x_BCHW.shape[1], C_OUT=c_out, CELL=g, KERNEL=weight.shape[-1])
+    options = dict(DILATION=dilation, RELU=relu, WIDEN=widen(x_BCHW))
     _conv[grid_of(rows, c_out)](
-        x_BCHW,
-        cells_K.contiguous(),
-        weight.contiguous(memory_format=torch.channels_last),
-        None if bias is None else bias.contiguous(),
-        out_KCgg,
-        rows,
-        size_class(rows),
-        height,
-        width,
-        -(-height // g),
-        -(-width // g),
-        C_IN=x_BCHW.shape[1],
-        C_OUT=c_out,
-        CELL=g,
-        KERNEL=weight.shape[-1],
-        DILATION=dilation,
-        RELU=relu,
-        WIDEN=widen(x_BCHW),
+        x_BCHW, cells_K.contiguous(), weight, bias, out_KCgg, *counts, **sizes, **options
     )
     return out_KCgg
 
@@ -110,10 +94,8 @@ def conv_kernel(
     WIDEN: tl.constexpr,
 ):
     """Positions of chosen cells of x (B, H, W, C_IN) -> weight (C_OUT, k, k, C_IN), bias, ReLU."""
-    COLUMNS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
-    row_M = tl.program_id(0) // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_M, n = block_of(C_OUT, BLOCK_M, BLOCK_N)
     valid_M = row_M < rows
     cell_M = tl.load(cells_ptr + row_M // (CELL * CELL), mask=valid_M, other=0)
     y_M = cell_M // cell_cols % cell_rows * CELL + row_M % (CELL * CELL) // CELL

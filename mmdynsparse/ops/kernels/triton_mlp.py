@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import LinearWeights, MlpWeights, check_sparse_mlp, tensors_of
-from .triton_common import check_launch, dot, grid_of, size_class, tuned, widen
+from .arguments import LinearWeights, MlpWeights, check_sparse_mlp, contiguous, tensors_of
+from .triton_common import block_of, check_launch, dot, grid_of, size_class, tuned, widen
 
 
 def sparse_mlp(
@@ -65,57 +65,25 @@ def sparse_mlp(
 
 
 def _slow(x_PC: Tensor, residual_PC: Tensor, kept_K: Tensor, w: MlpWeights, out: Tensor) -> None:
-    k, c, h = len(kept_K), x_PC.shape[1], len(w.bias1)
+    w, k, c, h = contiguous(w), len(kept_K), x_PC.shape[1], len(w.bias1)
     hidden_KH = w.weight1.new_empty(k, h)
+    norm, rows = (w.norm_weight, w.norm_bias), (k, size_class(k))
+    sizes = dict(C=c, H=h, WIDEN=widen(w.weight1))
     _hidden[grid_of(k, h)](
-        x_PC,
-        kept_K,
-        w.norm_weight.contiguous(),
-        w.norm_bias.contiguous(),
-        w.weight1.contiguous(),
-        w.bias1.contiguous(),
-        hidden_KH,
-        k,
-        size_class(k),
-        w.eps,
-        C=c,
-        H=h,
-        WIDEN=widen(w.weight1),
+        x_PC, kept_K, *norm, w.weight1, w.bias1, hidden_KH, *rows, w.eps, **sizes
     )
     _output[grid_of(k, c)](
-        hidden_KH,
-        kept_K,
-        w.weight2.contiguous(),
-        w.bias2.contiguous(),
-        None if w.gamma is None else w.gamma.contiguous(),
-        residual_PC,
-        out,
-        k,
-        size_class(k),
-        C=c,
-        H=h,
-        WIDEN=widen(w.weight1),
+        hidden_KH, kept_K, w.weight2, w.bias2, w.gamma, residual_PC, out, *rows, **sizes
     )
 
 
-def _fast(x_PC: Tensor, residual_PC: Tensor, rows: Tensor, w: LinearWeights, out: Tensor) -> None:
-    m, c = len(rows), x_PC.shape[1]
-    _linear[grid_of(m, c)](
-        x_PC,
-        rows,
-        w.norm_weight.contiguous(),
-        w.norm_bias.contiguous(),
-        w.weight.contiguous(),
-        w.bias.contiguous(),
-        None if w.gamma is None else w.gamma.contiguous(),
-        residual_PC,
-        out,
-        m,
-        size_class(m),
-        w.eps,
-        C=c,
-        WIDEN=widen(w.weight),
-    )
+def _fast(
+    x_PC: Tensor, residual_PC: Tensor, dropped_M: Tensor, w: LinearWeights, out: Tensor
+) -> None:
+    w, m, c = contiguous(w), len(dropped_M), x_PC.shape[1]
+    norm, rows = (w.norm_weight, w.norm_bias), (m, size_class(m))
+    linear, sizes = (w.weight, w.bias, w.gamma), dict(C=c, WIDEN=widen(w.weight))
+    _linear[grid_of(m, c)](x_PC, dropped_M, *norm, *linear, residual_PC, out, *rows, w.eps, **sizes)
 
 
 @triton.jit
@@ -150,14 +118,12 @@ def normed_product(
     eps,
     C: tl.constexpr,
     N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """LayerNorm of the rows ``token_M`` times the columns ``n`` of a weight (N, C), in float32."""
     mean_M, rstd_M = row_statistics(x_ptr, token_M, eps, C, BLOCK_K)
-    acc = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
+    acc = tl.full((token_M.shape[0], n.shape[0]), 0, tl.float32)
     for start in range(0, C, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + token_M[:, None] * C + c[None, :], mask=c[None, :] < C, other=0)
@@ -209,25 +175,11 @@ def hidden_kernel(
     WIDEN: tl.constexpr,
 ):
     """Kept rows -> LayerNorm -> weight (H, C), bias -> exact GELU -> hidden (rows, H)."""
-    COLUMNS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    row_M = tl.program_id(0) // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_M, n = block_of(H, BLOCK_M, BLOCK_N)
     # Rows past the last one compute token 0 again and are not stored.
     token_M = tl.load(kept_ptr + row_M, mask=row_M < rows, other=0)
     acc = normed_product(
-        x_ptr,
-        token_M,
-        norm_weight_ptr,
-        norm_bias_ptr,
-        weight_ptr,
-        n,
-        eps,
-        C,
-        H,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        WIDEN,
+        x_ptr, token_M, norm_weight_ptr, norm_bias_ptr, weight_ptr, n, eps, C, H, BLOCK_K, WIDEN
     )
     acc += tl.load(bias_ptr + n, mask=n < H, other=0).to(tl.float32)[None, :]
     hidden = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))
@@ -257,9 +209,7 @@ def output_kernel(
     WIDEN: tl.constexpr,
 ):
     """Hidden (rows, H) -> weight (C, H), bias -> gamma -> residual -> kept rows of the result."""
-    COLUMNS: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    row_M = tl.program_id(0) // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_M, n = block_of(C, BLOCK_M, BLOCK_N)
     valid_M = row_M < rows
     acc = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
     for start in range(0, H, BLOCK_K):
@@ -300,25 +250,11 @@ def linear_kernel(
     WIDEN: tl.constexpr,
 ):
     """Dropped rows -> LayerNorm -> weight (C, C), bias -> gamma -> residual -> the same rows."""
-    COLUMNS: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    row_M = tl.program_id(0) // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_M, n = block_of(C, BLOCK_M, BLOCK_N)
     valid_M = row_M < rows
     token_M = tl.load(dropped_ptr + row_M, mask=valid_M, other=0)
     acc = normed_product(
-        x_ptr,
-        token_M,
-        norm_weight_ptr,
-        norm_bias_ptr,
-        weight_ptr,
-        n,
-        eps,
-        C,
-        C,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        WIDEN,
+        x_ptr, token_M, norm_weight_ptr, norm_bias_ptr, weight_ptr, n, eps, C, C, BLOCK_K, WIDEN
     )
     store_update(acc, token_M, valid_M, n, bias_ptr, gamma_ptr, residual_ptr, out_ptr, C)
 

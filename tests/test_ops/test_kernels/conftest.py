@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmdynsparse.ops import map_tiles
+from mmdynsparse.ops import cell_rows, cell_table, take_tiles
 from mmdynsparse.ops.kernels import get_kernel
 from mmdynsparse.ops.kernels.arguments import check_cell_conv, check_sparse_mlp
 
@@ -33,7 +33,8 @@ def sparse_mlp(x_PC, residual_PC, kept_K, dropped_M, mlp, fast=None):
 def cell_conv(x_BCHW, cells_K, cell_size, weight, bias, dilation=1, relu=False):
     check_cell_conv(x_BCHW, cells_K, cell_size, weight, bias, dilation)
     halo = dilation * (weight.shape[-1] // 2)
-    tiles = map_tiles(x_BCHW, cells_K, cell_size, halo)
+    rows = cell_rows(cells_K, len(x_BCHW), tuple(x_BCHW.shape[2:]), cell_size, halo)
+    tiles = take_tiles(cell_table(x_BCHW), rows.tile, cell_size + 2 * halo)
     out = F.conv2d(tiles, weight, bias, dilation=dilation)
     out = out.contiguous(memory_format=torch.channels_last)
     return out.relu() if relu else out
