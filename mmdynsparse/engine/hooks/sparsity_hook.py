@@ -159,20 +159,19 @@ class KeepRateMeter:
 
     def reset(self) -> None:
         """Start anew."""
-        # Tensors alone: numbers would make a compiled model compile again at every forward.
-        self._sums: dict[nn.Module, Tensor] = {}
+        # Of each rate over images, and the number of these. Tensors from the start: anything else
+        # would make a compiled model compile again.
+        self._sums = {d: torch.zeros(len(d.keep_ratios) + 1) for d in self._deciders}
 
     def _add(self, decider: Decider, args: tuple[Sequence[Decision]], output: None) -> None:
         rates = torch.stack([d.mask.detach().mean() for d in args[0]])
         new = len(args[0][0].mask) * torch.cat((rates, torch.ones_like(rates[:1])))
-        self._sums[decider] = self._sums[decider] + new if decider in self._sums else new
+        self._sums[decider] = self._sums[decider].to(new.device) + new
 
     def pop(self) -> list[float]:
         """Return the means over all processes, NaN without a forward, and start anew."""
         means = []
-        for decider in self._deciders:
-            nothing = torch.zeros(len(decider.keep_ratios) + 1)
-            sums = self._sums.get(decider, nothing)  # over images, and the number of these
+        for sums in self._sums.values():
             all_reduce(sums)
             means += (sums[:-1] / sums[-1]).tolist()
         self.reset()
