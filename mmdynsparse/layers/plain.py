@@ -16,9 +16,9 @@ def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
     """
     state = module.__dict__
     hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-    return (
-        type(module) in types and 'forward' not in state and not any(state[name] for name in hooks)
-    )
+    # What only surrounds a call, as a meter of multiply-adds does, says so (``models.calls``).
+    own = 'forward' not in state or getattr(state['forward'], 'surrounds', False)
+    return type(module) in types and own and not any(state[name] for name in hooks)
 
 
 def check_plain(name: str, module: nn.Module, *types: type[nn.Module]) -> None:

@@ -24,6 +24,7 @@ from ..ops import (
 )
 from ..ops.rows import plain_inference
 from .linear import Linear
+from .plain import is_plain
 
 
 class WindowMSA(BaseModule):
@@ -184,7 +185,7 @@ class ShiftWindowMSA(BaseModule):
         m, size, shift = self.w_msa, self.window_size, self.shift(hw)
         qkv = m.qkv(x_BNC).unflatten(1, hw)
         padding = m.qkv.bias
-        if not _is_stock(m.qkv):
+        if not is_plain(m.qkv, Linear):
             padding = m.qkv(x_BNC.new_zeros(1, x_BNC.shape[2]))[0]
         q, k, v = window_partition(qkv, size, shift, padding, (3, m.num_heads))
         out = m.attend(q, k, v, self._mask(hw, x_BNC.device))
@@ -211,7 +212,7 @@ class ShiftWindowMSA(BaseModule):
             padded_RC = torch.cat((x_RC, x_RC.new_zeros(1, c)))
         if rows.queries is None:
             return self._to_windows(qkv(padded_RC), rows.kv_rows, parts)
-        if _is_stock(qkv):
+        if is_plain(qkv, Linear):
             w_q, w_kv = qkv.weight.split((c, 2 * c))
             b_q, b_kv = (None, None) if qkv.bias is None else qkv.bias.split((c, 2 * c))
             q = linear(x_RC.index_select(0, rows.queries), w_q, b_q)
@@ -231,8 +232,3 @@ class ShiftWindowMSA(BaseModule):
         """Return the cyclic shift on a map of this height and width, in tokens."""
         fits = min(hw) <= self.window_size
         return 0 if fits and not self.shift_small_maps else self.shift_size
-
-
-def _is_stock(qkv: nn.Module) -> bool:
-    """Whether weight and bias say what the projection does; a meter around its calls may be."""
-    return type(qkv) in (Linear, nn.Linear) and not (qkv._forward_hooks or qkv._forward_pre_hooks)

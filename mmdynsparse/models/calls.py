@@ -124,4 +124,5 @@ def _within(context: Callable[[], AbstractContextManager], function: Callable) -
         with context():
             return function(*args, **kwargs)
 
+    call.surrounds = True
     return call
