@@ -130,8 +130,9 @@ def select_decision(
             probability are kept in the same number as by 'topk'. Defaults to 1.
 
     Raises:
-        ValueError: If a score is NaN. On CUDA the device assertion that stops the process instead
-            costs no host synchronisation. Compiled and exported code does not look.
+        ValueError: If a score is NaN. On an accelerator the device assertion that stops the
+            process instead costs no host synchronisation. Compiled and exported code does not
+            look.
     """
     with region('selection'):
         scores_BN = log_probs_BN2[..., 0].float()
@@ -256,7 +257,7 @@ def _spread(values_BN: Tensor, decision: Decision) -> Tensor:
 def _refuse_nan(scores_BN: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
-    if scores_BN.is_cuda:
+    if scores_BN.device.type != 'cpu':
         torch._assert_async(~scores_BN.isnan().any(), 'NaN among the keep scores')
     elif scores_BN.isnan().any():
         raise ValueError(

@@ -124,26 +124,16 @@ class SparseResNet(StagedBackbone):
             by_stage['stage_with_dcn'] = stage_with_dcn
         _check_shape(depth, style, num_stages, by_stage, multi_grid)
         block, depths = ARCHS[depth][0], ARCHS[depth][1][:num_stages]
-        last = min(max(out_indices, default=0), num_stages - 1)
-        super().__init__(
-            sparsity,
-            depths,
-            out_indices,
-            frozen_stages,
-            checkpoint_cfg(init_cfg, pretrained),
-            locations={i: (1,) for i in range(1, last + 1)} or {0: (1,)},
-            predictor=dict(type='mmdynsparse.CellPredictor'),
-            fast_path=None,
-            cell_size=(8, 8, 4, 4),
-        )
+        cfg, defaults = checkpoint_cfg(init_cfg, pretrained), _sparsity(out_indices, num_stages)
+        super().__init__(sparsity, depths, out_indices, frozen_stages, cfg, **defaults)
         self.num_stages = num_stages
         self.norm_eval = norm_eval
         self.zero_init_residual = zero_init_residual
 
-        norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
-        cfgs = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
+        cfgs = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg or dict(type='BN', requires_grad=True))
         channels = stem_channels or base_channels
         self._build_stem(in_channels, channels, deep_stem, **cfgs)
+        cfgs |= dict(style=style, avg_down=avg_down, with_cp=with_cp)
         dcn = dcn and dict(dcn)  # blocks change it
         self.predictors = nn.ModuleList()
         self._obstacles: list[str | None] = []
@@ -151,25 +141,14 @@ class SparseResNet(StagedBackbone):
             rates = _dilations(count, dilations[i], contract_dilation)
             if multi_grid is not None and i == num_stages - 1:
                 rates = multi_grid
-            layer = self._build_stage(
-                i,
-                block,
-                channels,
-                base_channels * 2**i,
-                strides[i],
-                rates,
-                style=style,
-                avg_down=avg_down,
-                with_cp=with_cp,
-                dcn=dcn if dcn and stage_with_dcn[i] else None,
-                plugins=[p for p in plugins or () if 'stages' not in p or p['stages'][i]],
-                **cfgs,
-            )
+            place = (i, block, channels, base_channels * 2**i, strides[i], rates)
+            stage_dcn = dcn if dcn and stage_with_dcn[i] else None
+            added = [p for p in plugins or () if 'stages' not in p or p['stages'][i]]
+            layer = self._build_stage(*place, dcn=stage_dcn, plugins=added, **cfgs)
             self.add_module(f'layer{i + 1}', layer)
             channels = base_channels * 2**i * block.expansion
             self.predictors.extend(self.build_predictors(i, channels))
-        for i in range(num_stages):
-            self._check_locations(i)
+        self._check_locations()
         self._freeze()
 
     @property
@@ -281,15 +260,16 @@ class SparseResNet(StagedBackbone):
         self._check_sparse(stage, decision.ratio)
         return super()._plan(decision, stage)
 
-    def _check_locations(self, stage: int) -> None:
-        blocks, locations = self.stages[stage], self.stage_locations(stage)
-        if any(blocks[j].downsample is not None for j in locations):
-            raise ValueError(
-                f'sparsity.locations[{stage}] takes blocks that keep the size of their map, '
-                f'1 to {len(blocks) - 1}, got {locations}'
-            )
-        for j in locations:
-            self._check_sparse(stage, self.keep_ratios[self.sparsity.index(stage, j)])
+    def _check_locations(self) -> None:
+        for stage, blocks in enumerate(self.stages):
+            locations = self.stage_locations(stage)
+            if any(blocks[j].downsample is not None for j in locations):
+                raise ValueError(
+                    f'sparsity.locations[{stage}] takes blocks that keep the size of their map, '
+                    f'1 to {len(blocks) - 1}, got {locations}'
+                )
+            for j in locations:
+                self._check_sparse(stage, self.keep_ratios[self.sparsity.index(stage, j)])
 
     def _check_sparse(self, stage: int, ratio: float) -> None:
         obstacle = self._obstacles[stage]
@@ -336,6 +316,17 @@ def in_cells(x: Tensor, blocks: Sequence[ResidualBlock], plan: Plan) -> Tensor:
         cells = Cells(plan.kept, kept[block.halo], dropped, size, batch, hw, fused)
         block.update_cells(table, cells)
     return table_map(table, batch, hw)
+
+
+def _sparsity(out_indices: Sequence[int], num_stages: int) -> dict:
+    """Return the defaults of ``sparsity``, with a predictor in each stage but the first."""
+    last = min(max(out_indices, default=0), num_stages - 1)
+    return dict(
+        locations={i: (1,) for i in range(1, last + 1)} or {0: (1,)},
+        predictor=dict(type='mmdynsparse.CellPredictor'),
+        fast_path=None,
+        cell_size=(8, 8, 4, 4),
+    )
 
 
 def _dilations(count: int, dilation: int, contract: bool) -> tuple[int, ...]:

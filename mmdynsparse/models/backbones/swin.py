@@ -6,6 +6,7 @@ Sparsification* (T-PAMI 2023, arXiv 2207.01580). Arguments and state-dict names 
 (``stages.I.predictors.J``) and fast paths (``stages.I.blocks.K.fast_path``).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -204,33 +205,20 @@ class SparseSwinTransformer(StagedBackbone):
         act_cfg = act_cfg or dict(type='GELU')
         norm_cfg = norm_cfg or dict(type='LN')
         patch_norm_cfg = norm_cfg if patch_norm else None
-
         self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size, patch_norm_cfg)
         if use_abs_pos_embed:
             self.pretrain_hw = tuple(s // patch_size for s in to_2tuple(pretrain_img_size))
-            num_patches = self.pretrain_hw[0] * self.pretrain_hw[1]
-            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, num_patches, embed_dims))
+            position_1NC = torch.zeros(1, math.prod(self.pretrain_hw), embed_dims)
+            self.absolute_pos_embed = nn.Parameter(position_1NC)
         self.drop_after_pos = nn.Dropout(drop_rate)
-
+        attention = dict(window_size=window_size, qkv_bias=qkv_bias, qk_scale=qk_scale)
+        attention |= dict(attn_drop_rate=attn_drop_rate, shift_small_maps=shift_small_maps)
+        block = dict(drop_rate=drop_rate, act_cfg=act_cfg, norm_cfg=norm_cfg, with_cp=with_cp)
         rates = torch.linspace(0, drop_path_rate, sum(depths)).split(tuple(depths))
         self.stages = ModuleList()
         for i, dims in enumerate(self.num_features):
-            stage = self._build_stage(
-                i,
-                dims,
-                rates[i].tolist(),
-                num_heads=num_heads[i],
-                feedforward_channels=int(mlp_ratio * dims),
-                window_size=window_size,
-                drop_rate=drop_rate,
-                act_cfg=act_cfg,
-                norm_cfg=norm_cfg,
-                with_cp=with_cp,
-                qkv_bias=qkv_bias,
-                qk_scale=qk_scale,
-                attn_drop_rate=attn_drop_rate,
-                shift_small_maps=shift_small_maps,
-            )
+            own = dict(num_heads=num_heads[i], feedforward_channels=int(mlp_ratio * dims))
+            stage = self._build_stage(i, dims, rates[i].tolist(), **own, **block, **attention)
             if i < len(depths) - 1:
                 stage.downsample = PatchMerging(dims, 2 * dims, strides[i + 1], patch_norm_cfg)
             self.stages.append(stage)

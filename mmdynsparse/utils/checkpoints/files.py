@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
-from unittest.mock import patch
 from zipfile import is_zipfile
 
 import torch
@@ -97,7 +96,7 @@ def _load(path: str) -> object:
             return torch.load(osp.expanduser(path), map_location='cpu', weights_only=True)
     classes = [] if STORES.match(path) else STAND_INS
     # mmengine asks torch.load for every object.
-    with _may_build(classes), patch.dict(os.environ, WEIGHTS_ONLY):
+    with _may_build(classes), _environment(WEIGHTS_ONLY):
         return CheckpointLoader.load_checkpoint(path, map_location='cpu')
 
 
@@ -111,6 +110,21 @@ def _may_build(classes: list[type]) -> Iterator[None]:
     finally:
         serialization.clear_safe_globals()
         serialization.add_safe_globals(before)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables; afterwards all is as before."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _fault(path: str, error: Exception) -> str:
