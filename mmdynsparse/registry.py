@@ -39,4 +39,5 @@ HOOKS = Registry('hook', parent=registry.HOOKS, **ENGINE)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor', parent=registry.OPTIM_WRAPPER_CONSTRUCTORS, **ENGINE
 )
+LOOPS = Registry('loop', parent=registry.LOOPS, **ENGINE)
 STRATEGIES = Registry('strategy', parent=registry.STRATEGIES, **ENGINE)

@@ -6,7 +6,8 @@ from copy import deepcopy
 
 from mmengine.config import Config
 
-from mmdynsparse.utils.checkpoints import check_checkpoint, check_weights, read_checkpoint
+from mmdynsparse import set_budget
+from mmdynsparse.utils.checkpoints import check_checkpoint, check_weights, read_checkpoint, unwrap
 from mmdynsparse.utils.command_line.arguments import ToolParser
 from mmdynsparse.utils.command_line.cpu import adapt_to_cpu
 from mmdynsparse.utils.command_line.data_checks import check_data, check_not_empty
@@ -41,6 +42,11 @@ def build_parser() -> ToolParser:
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', help='folder for the painted images')
     parser.add_argument('--wait-time', type=float, default=2, help='time an image is shown (s)')
+    parser.add_argument(
+        '--budget',
+        help='name of a budget of the checkpoint, or FILE.json:NAME for one of a file of '
+        'search_budgets.py; 1.0 keeps everything',
+    )
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     return parser
 
@@ -150,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = checkpoint or read_checkpoint('checkpoint', args.checkpoint)
         weights = checkpoint.get('state_dict', checkpoint)
         check_weights(runner.model, weights, args.checkpoint)
+        if args.budget:
+            set_budget(unwrap(runner.model), args.budget)
     with one_line_errors(runner):
         runner.test()
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
-from ..utils.checkpoints import NEW_PARTS, is_new
+from ..utils.checkpoints import NEW_PARTS, is_new, unwrap
 
 
 def new_parameters(model: nn.Module, parts: Sequence[str]) -> set[str]:
@@ -59,7 +58,7 @@ class FineTuneOptimWrapperConstructor:
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of a model."""
-        inner = model.module if is_model_wrapper(model) else model
+        inner = unwrap(model)
         new = {id(inner.get_parameter(name)) for name in new_parameters(inner, self.new_parts)}
         wrapper = self._constructor(model)
         groups = wrapper.optimizer.param_groups

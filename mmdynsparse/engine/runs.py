@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from mmengine.dist import get_dist_info
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from ..utils.checkpoints import unwrap
+
 
 def bare_model(runner: Runner) -> nn.Module:
-    """Return the model of a runner without the wrapper of distributed training."""
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    """Return the model of a runner without wrappers."""
+    return unwrap(runner.model)
 
 
 def check_end(name: str, argument: str, value: int, runner: Runner) -> None:

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
@@ -34,6 +36,10 @@ class Decider(nn.Module):
         decisions: Decisions of the last forward that came to its end, in their order.
         has_ratio_loss: Whether something trains the predictors towards the keep ratios; set by
             ``SparsityHook``. A predictor that trains without it warns once.
+        serves_all: Whether training samples exactly the keep ratio, so that predictors learn an
+            order of the cells, which serves every keep ratio; set by ``DenseSparseSchedule``.
+        budgets: Keep ratios of each budget by its name; see ``set_budget``. They are saved and
+            loaded with the weights.
         follows: Whether a neck or head takes the scores of the backbone's predictors.
 
     Args:
@@ -68,6 +74,8 @@ class Decider(nn.Module):
         self.decisions: tuple[Decision, ...] = ()
         self.execution = 'gather'
         self.has_ratio_loss = False
+        self.serves_all = False
+        self.budgets: dict[str, list[float]] = {}
         self._warned = False
 
     @property
@@ -83,6 +91,14 @@ class Decider(nn.Module):
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """Change the keep ratios of the built model.
+
+        Args:
+            keep_ratio: As of :meth:`check`, which raises the errors.
+        """
+        self.keep_ratios = self.check(keep_ratio)
+
+    def check(self, keep_ratio: float | Sequence[float]) -> list[float]:
+        """Return a keep ratio for each decision.
 
         Args:
             keep_ratio: A number in (0, 1]; a backbone continues it by its schedule, or takes one
@@ -102,7 +118,15 @@ class Decider(nn.Module):
                 'keep_ratio must not rise from one predictor to the next without reactivate, '
                 f'got {ratios}'
             )
-        self.keep_ratios = ratios
+        return ratios
+
+    def nearest(self, ratios: Sequence[float]) -> list[float]:
+        """Return keep ratios that the part can have for any in (0, 1], one for each decision."""
+        ratios = sorted(ratios, reverse=True) if self.falling else list(ratios)
+        for i, follows in enumerate(self.sparsity.followers):
+            if follows:
+                ratios[i] = ratios[i - 1]
+        return ratios
 
     def keeps_all(self, index: int = 0, learns: bool = False) -> bool:
         """Whether nothing has to be looked at: every cell is kept and nothing is learned.
@@ -163,6 +187,8 @@ class Decider(nn.Module):
         """
         ratio, selector = self.keep_ratios[index], self.sparsity.selector
         if sample:
+            if self.serves_all:
+                log_probs_BN2, exact = _centred(log_probs_BN2), True
             self._warn_without_loss(ratio, exact)
             return sample_decision(log_probs_BN2, hw, ratio, selector, cell_size, exact, among_BN)
         if ratio >= 1:
@@ -229,6 +255,18 @@ class Decider(nn.Module):
         return {**super().__getstate__(), 'decisions': ()}
 
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.budgets and hasattr(destination, '_metadata'):
+            destination._metadata[prefix[:-1]]['budgets'] = self.budgets
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, *args
+    ) -> None:
+        self.budgets = dict(local_metadata.get('budgets', self.budgets))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
 def deciders(model: nn.Module) -> dict[str, Decider]:
     """Find the sparse parts of a model.
 
@@ -256,6 +294,13 @@ def keep_everything(model: nn.Module) -> None:
 def build_part(cfg: dict, embed_dims: int) -> nn.Module:
     """Build a predictor or fast path for ``embed_dims`` channels."""
     return MODELS.build({**cfg, 'embed_dims': embed_dims})
+
+
+def _centred(log_probs_BN2: Tensor) -> Tensor:
+    """Shift the log-odds of each image to a mean of 0, so that nothing learns to keep more."""
+    odds_BN = log_probs_BN2[..., 0] - log_probs_BN2[..., 1]
+    odds_BN = odds_BN - odds_BN.mean(1, keepdim=True)
+    return F.logsigmoid(torch.stack((odds_BN, -odds_BN), -1))
 
 
 def _last_fine(decisions: Sequence[Decision], grid: tuple[int, int]) -> Decision:

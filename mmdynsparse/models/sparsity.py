@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from typing import ClassVar
 
 from ..ops import SELECTORS
 
@@ -85,6 +86,11 @@ class Sparsity:
         places = [(i, b) for i, blocks in self.locations.items() for b in blocks]
         return places.index((stage, block))
 
+    @property
+    def followers(self) -> tuple[bool, ...]:
+        """Whether each decision follows the one before it, and so has its keep ratio."""
+        return tuple(stage in self.follow for stage, b in self.locations.items() for _ in b)
+
     def resolve(self, keep_ratio: float | Sequence[float]) -> list[float]:
         """Return the keep ratio of every decision, in the order of stages and blocks.
 
@@ -92,7 +98,7 @@ class Sparsity:
             ValueError: If a ratio is outside (0, 1], the list has the wrong length or a stage that
                 follows has another ratio than the decision that it follows.
         """
-        followers = [stage in self.follow for stage, b in self.locations.items() for _ in b]
+        followers = self.followers
         if not isinstance(keep_ratio, list | tuple):
             check_ratio('keep_ratio', keep_ratio)
             if keep_ratio == 1:
@@ -155,8 +161,12 @@ class CellSparsity:
             )
         return self
 
-    def resolve(self, keep_ratio: float) -> list[float]:
+    followers: ClassVar[tuple[bool, ...]] = (False,)
+
+    def resolve(self, keep_ratio: float | Sequence[float]) -> list[float]:
         """Return the keep ratio of the only decision, if it is in (0, 1]."""
+        if isinstance(keep_ratio, list | tuple) and len(keep_ratio) == 1:
+            keep_ratio = keep_ratio[0]
         check_ratio('sparsity.keep_ratio', keep_ratio)
         return [float(keep_ratio)]
 

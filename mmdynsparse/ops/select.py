@@ -81,25 +81,28 @@ def sample_decision(
             its gradient is zero; no other makes a difference. Defaults to 'topk'.
         cell_size: Side of a cell, in locations. Defaults to 1.
         exact: Whether exactly the ``int(N * ratio)`` cells of each image are kept that the noise
-            makes most probable, whatever the probabilities add up to: for scores that were
-            learned at another keep ratio. The decision's ratio is then that share, so that a
-            ratio loss has no say. Defaults to False.
+            makes most probable, whatever the probabilities add up to: for scores that serve
+            several keep ratios. Their order is learned alone: the gradient is that of P(keep)
+            with the odds of the last kept and the first dropped cell taken to be even, and zero
+            with ``ratio`` 1. The decision's ratio is then that share, so that a ratio loss has no
+            say. Defaults to False.
         among_BN: 1 for the cells that may be kept, 0 for others. Defaults to None, all.
     """
     log_probs_BN2 = log_probs_BN2.float()
+    soft_BN = log_probs_BN2[..., 0].exp()
     if ratio >= 1:
-        soft_BN = log_probs_BN2[..., 0].exp()
+        # Zero, but a part of the graph: distributed training wants a gradient for each parameter.
+        soft_BN = 0 * soft_BN if exact else soft_BN
         hard_BN = torch.ones_like(soft_BN)
     elif selector == 'random':
-        # Zero, but a part of the graph: distributed training wants a gradient for each parameter.
-        soft_BN = 0 * log_probs_BN2[..., 0].exp()
+        soft_BN = 0 * soft_BN
         hard_BN = random_mask(_only(log_probs_BN2[..., 0].detach(), among_BN), ratio)
+    elif exact:
+        soft_BN, hard_BN = _sample_order(log_probs_BN2, ratio, among_BN)
+        ratio = num_kept(soft_BN.shape[1], ratio) / soft_BN.shape[1]
     else:
         soft_BN = F.gumbel_softmax(log_probs_BN2, dim=-1)[..., 0]
         hard_BN = (soft_BN > 0.5).float()
-        if exact:
-            hard_BN = topk_mask(soft_BN.detach(), ratio)
-            ratio = num_kept(soft_BN.shape[1], ratio) / soft_BN.shape[1]
     # The bracket is exactly zero, so the mask is exactly 0 or 1.
     mask_BN = hard_BN + (soft_BN - soft_BN.detach())
     if among_BN is not None:
@@ -242,6 +245,21 @@ SELECTORS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 # Those that keep the same number of locations in every image.
 FIXED_BUDGET = ('topk', 'random')
+
+
+def _sample_order(
+    log_probs_BN2: Tensor, ratio: float, among_BN: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the soft and the hard mask (B, N) of exactly ``int(N * ratio)`` sampled cells."""
+    noisy_BN2 = log_probs_BN2 - torch.empty_like(log_probs_BN2).exponential_().log()
+    odds_BN = _only(noisy_BN2[..., 0] - noisy_BN2[..., 1], among_BN)
+    fixed_BN = odds_BN.detach()
+    hard_BN = topk_mask(fixed_BN, ratio)
+    last_kept_B1 = fixed_BN.masked_fill(hard_BN == 0, torch.inf).amin(1, keepdim=True)
+    first_dropped_B1 = fixed_BN.masked_fill(hard_BN == 1, -torch.inf).amax(1, keepdim=True)
+    # Finite, also where all cells that may be kept are.
+    even_B1 = (last_kept_B1 + first_dropped_B1.clamp(min=-1e9)) / 2
+    return (odds_BN - even_B1).sigmoid(), hard_BN
 
 
 def _only(scores_BN: Tensor, among_BN: Tensor | None) -> Tensor:

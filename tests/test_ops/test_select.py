@@ -208,6 +208,33 @@ def test_only_some_may_be_kept(selector):
         assert decision.mask.max() == 1 and (decision.mask * (1 - among)).max() == 0
 
 
+def test_exact_sampling_of_everything_teaches_nothing():
+    scores = log_probs(2, 50).requires_grad_()
+    decision = sample_decision(scores, (5, 10), 1.0, exact=True)
+    assert decision.mask.eq(1).all() and decision.ratio == 1
+    decision.mask.sum().backward()
+    assert scores.grad.eq(0).all()
+
+
+def test_exact_sampling_learns_however_sure_the_scores_are():
+    """P(keep) of 0.9999 everywhere, whose own gradient would be nearly nothing."""
+    logits = (torch.randn(4, 50) + 9).requires_grad_()
+    log_probs_BN2 = F.logsigmoid(torch.stack((logits, -logits), -1))
+    sample_decision(log_probs_BN2, (5, 10), 0.3, exact=True).mask.sum().backward()
+    assert logits.grad.amax(1).min() > 0.05
+
+
+@pytest.mark.parametrize('ratio', [0.01, 0.3, 0.6])
+def test_exact_sampling_among_some(ratio):
+    """As many of them as of all, also where no others are left."""
+    among = select_decision(log_probs(2, 50), (5, 10), 0.6).mask
+    scores = log_probs(2, 50).requires_grad_()
+    mask = sample_decision(scores, (5, 10), ratio, exact=True, among_BN=among).mask
+    assert (mask.sum(1) == int(50 * ratio)).all() and (mask * (1 - among)).max() == 0
+    mask.sum().backward()
+    assert scores.grad.isfinite().all()
+
+
 def test_a_ratio_loss_has_no_say_in_exact_sampling():
     """Rounding down to 16 of 50 is not what the predictor did."""
     decision = sample_decision(log_probs(), (5, 10), 0.33, exact=True)

@@ -258,6 +258,16 @@ def test_weights_of_another_model(
     assert '1 unexpected keys (backbone.weight)' in line
 
 
+def test_budget_that_the_checkpoint_does_not_have(
+    fails: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    config = write_config('seg')
+    init_default_scope('mmseg')
+    torch.save(MODELS.build(Config.fromfile(config).model).state_dict(), tmp_path / 'x.pth')
+    line = fails('test.py', config, tmp_path / 'x.pth', '--work-dir', tmp_path, '--budget', '0.6')
+    assert 'budget must be 1.0 or one that the model has (none' in line and 'got 0.6' in line
+
+
 DENSE = 'model["backbone"] = dict(model["backbone"], type="SwinTransformer")\n'
 DENSE += 'model["backbone"].pop("sparsity")\n'
 LATE = 'custom_hooks.append(dict(type="mmdynsparse.FreezePretrained", iters=100))\n'

@@ -1,5 +1,6 @@
 """train.py and test.py as a user starts them: real processes, on the CPU."""
 
+import json
 import pickle
 import shutil
 import socket
@@ -95,6 +96,18 @@ def test_test_segmentor_with_tta_and_pictures(
     assert len(list(painted.rglob('*.png'))) == 2
 
 
+def test_test_segmentor_at_a_budget(seg_run: tuple, run_tool: Callable, tmp_path: Path) -> None:
+    config, trained, _ = seg_run
+    budgets = tmp_path / 'budgets.json'
+    rows = {'0.8': dict(keep_ratios=dict(backbone=[0.25]))}
+    budgets.write_text(json.dumps(dict(budgets=rows)))
+    output = run_tool(
+        'test.py', config, trained / 'iter_4.pth', '--work-dir', tmp_path / 'test',
+        '--budget', f'{budgets}:0.8', '--tta',
+    )  # fmt: skip
+    assert 'mIoU' in output and 'eval_keep_rate_0: 0.2500' in output
+
+
 def test_test_detector_writes_predictions_and_pictures(
     det_run: tuple, run_tool: Callable, tmp_path: Path
 ) -> None:
@@ -165,6 +178,7 @@ def test_fine_tuning_in_two_processes(
 ) -> None:
     """All hooks of fine-tuning, in mixed precision, interrupted and resumed."""
     hooks = (
+        "dict(type='mmdynsparse.DenseSparseSchedule')",
         "dict(type='mmdynsparse.DistillationHook')",
         "dict(type='mmdynsparse.FreezePretrained', iters=1)",
         "dict(type='EMAHook')",

@@ -2,6 +2,7 @@
 
 from .distillation_hook import DistillationHook
 from .freeze_hook import FreezePretrained
+from .joint_hook import DenseSparseSchedule
 from .sparsity_hook import SparsityHook
 
-__all__ = ['DistillationHook', 'FreezePretrained', 'SparsityHook']
+__all__ = ['DenseSparseSchedule', 'DistillationHook', 'FreezePretrained', 'SparsityHook']

@@ -100,9 +100,11 @@ class SparsityHook(Hook):
         for decider in self._deciders:
             decider.has_ratio_loss = False
 
-    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
-        """Forget what was measured before a validation or test."""
-        if mode != 'train':
+    def _before_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, mode: str = 'train'
+    ) -> None:
+        """Forget what was measured before a pass over the images of a validation or test."""
+        if mode != 'train' and batch_idx == 0:
             self._meter.reset()
 
     def _after_epoch(self, runner: Runner, mode: str = 'train') -> None:

@@ -4,7 +4,7 @@ from .convert import convert_checkpoint
 from .files import check_checkpoint, read_checkpoint
 from .layouts import SOURCES
 from .resize import resize_bias_table, resize_pos_embed
-from .weights import NEW_PARTS, check_backbone, check_weights, is_new, load_pretrained
+from .weights import NEW_PARTS, check_backbone, check_weights, is_new, load_pretrained, unwrap
 
 __all__ = [
     'NEW_PARTS',
@@ -18,4 +18,5 @@ __all__ = [
     'read_checkpoint',
     'resize_bias_table',
     'resize_pos_embed',
+    'unwrap',
 ]

@@ -92,8 +92,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) ->
     """
     from ...models.decider import keep_ratios  # models load their weights through this module
 
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+    model = unwrap(model)
     metadata = getattr(weights, '_metadata', {})
     weights = OrderedDict((key.removeprefix('module.'), value) for key, value in weights.items())
     weights._metadata = metadata  # layers read their version from it to migrate old keys
@@ -106,6 +105,13 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) ->
         raise ValueError(
             f"checkpoint must fit the config's model, got {path!r} with {_describe(*faults)}"
         )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return a model without wrappers for distributed runs and test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def _load_weights(
