@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from mmengine.model import BaseModel
 from mmengine.runner import load_checkpoint, save_checkpoint
 
 import mmdynsparse
@@ -25,12 +24,11 @@ class Head(torch.nn.Module):
         self.decider = Decider(CellSparsity.from_cfg(dict(keep_ratio=0.5)))
 
 
-class Model(BaseModel):
-    def __init__(self, tiny_swin, head=True):
+class Model(torch.nn.Module):
+    def __init__(self, tiny_swin):
         super().__init__()
         self.backbone = SparseSwinTransformer(**tiny_swin, sparsity=dict(keep_ratio=0.7))
-        if head:
-            self.head = Head()
+        self.head = Head()
 
     def ratios(self):
         return self.backbone.keep_ratios, self.head.decider.keep_ratios
