@@ -254,7 +254,6 @@ class Decider(nn.Module):
         """Copies and pickles leave the last decisions, and their graph, behind."""
         return {**super().__getstate__(), 'decisions': ()}
 
-
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.budgets and hasattr(destination, '_metadata'):

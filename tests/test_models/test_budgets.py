@@ -92,7 +92,7 @@ def test_a_table_of_another_architecture_changes_nothing(table, message, tiny_sw
 
 def test_unknown_budgets(tiny_swin, file):
     model = Model(tiny_swin)
-    with pytest.raises(ValueError, match='none: name a file of search_budgets.py'):
+    with pytest.raises(ValueError, match=r'none: name a file of search_budgets\.py'):
         set_budget(model, 0.6)
     with pytest.raises(ValueError, match=r'that the model has \(0.8, 0.6\), got 0.7'):
         set_budget(model, f'{file}:0.7')
@@ -107,5 +107,5 @@ def test_bad_files(tmp_path):
     bad = tmp_path / 'bad.json'
     for text in ('no json', '[]', '{"budgets": {"0.5": {}}}', '{"budgets": {"0.5": 1}}'):
         bad.write_text(text)
-        with pytest.raises(ValueError, match='file of search_budgets.py, got'):
+        with pytest.raises(ValueError, match=r'file of search_budgets\.py, got'):
             read_budgets(bad)
