@@ -2,8 +2,9 @@
 
 Sources: Dosovitskiy et al., *An Image is Worth 16x16 Words* (arXiv 2010.11929); Rao et al.,
 *DynamicViT* (NeurIPS 2021); Liu et al., *Revisiting Token Pruning for Object Detection and
-Instance Segmentation* (SViT, arXiv 2306.07050) for reactivation. Arguments and state-dict names
-are those of ``VisionTransformer`` in mmsegmentation 1.x; what is added are ``predictors.J``.
+Instance Segmentation* (SViT, arXiv 2306.07050) for reactivation; Li et al., *SaiT* (arXiv
+2210.05832), for decisions by attention. Arguments and state-dict names are those of
+``VisionTransformer`` in mmsegmentation 1.x; what is added are ``predictors.J``.
 """
 
 import logging
@@ -85,7 +86,9 @@ class SparseVisionTransformer(SparseBackbone):
 
     A dropped token is attended by nobody and keeps its last value, so that the maps returned are
     whole. A predictor decides among the tokens that are still kept, so keep ratios must not rise;
-    with ``reactivate`` it decides among all, and a token that skipped layers may come back.
+    with ``reactivate`` it decides among all, and a token that skipped layers may come back. An
+    ``AttentionScore`` in place of a predictor decides by the attention that tokens receive in the
+    layer before; a dense checkpoint then lacks nothing.
 
     Args:
         img_size: Image size (px) of the position embedding. Defaults to 224.
