@@ -163,6 +163,10 @@ def _check_sparsity(cfg, runner):
             assert all((block.fast_path is not None) == (i >= first) for block in stage.blocks)
         _check_optimizer(cfg.optim_wrapper, runner)
         return
+    if not backbone.decider.learns:
+        assert not new and backbone.stage_locations(0) == (3,)
+        _check_optimizer(cfg.optim_wrapper, runner)
+        return
     assert len({re.search(r'predictors\.\d+', n)[0] for n in new if 'predictors.' in n}) == 3
     _check_optimizer(cfg.optim_wrapper, runner)
     if 'depth' in cfg.model.backbone:

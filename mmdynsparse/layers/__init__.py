@@ -6,6 +6,6 @@ from .linear import FFN, Linear, apply_linear, linear_act, mlp_weights
 from .norm import LayerNorm2d
 from .patch import PatchEmbed, PatchMerging
 from .plain import check_plain, is_plain
-from .predictor import CellPredictor, LocalGlobalPredictor
-from .token_attention import TokenMSA
+from .predictor import AttentionScore, CellPredictor, LocalGlobalPredictor, MagnitudeScore
+from .token_attention import TokenMSA, received_attention
 from .window_attention import ShiftWindowMSA, WindowMSA

@@ -1,10 +1,17 @@
-"""Importance-score predictor (Rao et al., T-PAMI 2023, section 3.2; DynamicViT, eq. 1-4)."""
+"""Predictors: what scores the importance of the locations of a map.
+
+Sources: Rao et al., T-PAMI 2023, section 3.2, and DynamicViT, eq. 1-4, for those that learn; Li et
+al., *SaiT* (arXiv 2210.05832), for the attention that tokens receive; Chen et al., *SparseViT*
+(arXiv 2303.17605), for the magnitude of activations. The formulas of the last two are our own.
+"""
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import linear
+from ..ops import cell_means, linear
 from ..registry import MODELS
 from .linear import Linear, apply_linear
 from .plain import is_plain
@@ -89,6 +96,89 @@ class CellPredictor(nn.Module):
     def forward(self, x_BNC: Tensor) -> Tensor:
         """Return (B, N, 2) float32 log-probabilities [keep, drop] of cell means (B, N, C)."""
         return self.score(self.reduce(x_BNC))
+
+
+@MODELS.register_module()
+class AttentionScore(nn.Module):
+    """Score tokens by the attention that they receive in the layer before.
+
+    A token's score is its share of the attention that all patch tokens receive. There is nothing
+    to learn; the gradient of the scores reaches the layer, so that distillation can teach it where
+    to look. Only for ``SparseVisionTransformer``.
+
+    Args:
+        embed_dims: Channels; not used.
+        queries: Whose attention: 'mean' of all tokens, or 'cls', of the class token. Defaults to
+            'mean': the heads of segmentors do not train the class token.
+
+    Raises:
+        ValueError: If ``queries`` is neither.
+    """
+
+    learns: ClassVar[bool] = False
+    reads: ClassVar[str] = 'attention'
+
+    def __init__(self, embed_dims: int, queries: str = 'mean') -> None:
+        super().__init__()
+        if queries not in ('mean', 'cls'):
+            raise ValueError(f"queries must be 'mean' or 'cls', got {queries!r}")
+        self.queries = queries
+
+    def forward(self, received_BN: Tensor, among_BN: Tensor | None = None) -> Tensor:
+        """Return (B, N, 2) float32 log-probabilities [keep, drop], of shares that add up to 1.
+
+        Args:
+            received_BN: Attention that each token receives.
+            among_BN: 1 for the tokens that are there, 0 for others, whose log-probabilities are
+                -inf. Defaults to None, all.
+        """
+        return _log_shares(received_BN, among_BN)
+
+
+@MODELS.register_module()
+class MagnitudeScore(nn.Module):
+    """Score cells by how large their features are, without anything to learn.
+
+    A cell's score is its share of the root mean square, over the cell's locations, of the mean of
+    abs(x) over the channels: the L2 norm by which SparseViT scores windows, but that a cell at the
+    edge, which has fewer locations, is not put at a disadvantage.
+
+    Args:
+        embed_dims: Channels; not used.
+    """
+
+    learns: ClassVar[bool] = False
+
+    def __init__(self, embed_dims: int) -> None:
+        super().__init__()
+
+    @staticmethod
+    def pool(x_BCHW: Tensor, size: int) -> Tensor:
+        """Return what is looked at of cells of ``size`` x ``size`` positions, (B, N, 1)."""
+        magnitude_B1HW = x_BCHW.float().abs().mean(1, keepdim=True)
+        return cell_means(magnitude_B1HW.square(), size).sqrt()
+
+    def forward(self, x_BNC: Tensor, among_BN: Tensor | None = None) -> Tensor:
+        """Return (B, N, 2) float32 log-probabilities [keep, drop], of shares that add up to 1.
+
+        Args:
+            x_BNC: What ``pool`` returns, or tokens.
+            among_BN: As of :class:`AttentionScore`. Defaults to None, all.
+        """
+        return _log_shares(x_BNC.float().abs().mean(-1), among_BN)
+
+
+def _log_shares(values_BN: Tensor, among_BN: Tensor | None) -> Tensor:
+    """Return log s and log(1 - s), (B, N, 2), of the shares s of positive values in their sum."""
+    if among_BN is not None:
+        values_BN = values_BN * (among_BN > 0)
+    tiny = torch.finfo(torch.float32).tiny
+    share_BN = values_BN.float() / values_BN.float().sum(1, keepdim=True).clamp(min=tiny)
+    # Clamped, because the gradient of log 0 is no number.
+    log_probs_BN2 = torch.stack((share_BN, 1 - share_BN), -1).clamp(min=tiny).log()
+    if among_BN is None:
+        return log_probs_BN2
+    return log_probs_BN2.masked_fill(among_BN.unsqueeze(-1) == 0, -torch.inf)
 
 
 def _mean(x_BNC: Tensor, among_BN: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..ops import linear, policy_softmax, region
+from ..ops import attention_received, linear, policy_softmax, region
 from .linear import apply_linear
 
 
@@ -33,8 +33,12 @@ class TokenMSA(BaseModule):
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
     def forward(
-        self, x_BTC: Tensor, policy_BT: Tensor | None = None, valid_BT: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x_BTC: Tensor,
+        policy_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+        queries: str | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the attended tokens (B, T, C).
 
         Args:
@@ -42,14 +46,22 @@ class TokenMSA(BaseModule):
             policy_BT: 1 for tokens that may be attended, 0 for those that only see themselves
                 (training), with a gradient. Defaults to None, all.
             valid_BT: False for tokens that are not there, which nobody attends. Defaults to None.
+            queries: As of ``ops.attention_received``: with it, a pair is returned, of the tokens
+                and of what each of those present receives from them. Defaults to None.
         """
         with region('attention'):
-            return self._forward(x_BTC, policy_BT, valid_BT)
+            q, k, v = _heads(self.attn, x_BTC)
+            out = self._attend(q, k, v, policy_BT, valid_BT)
+        if queries is None:
+            return out
+        with region('predictor'):
+            present = valid_BT if policy_BT is None else policy_BT > 0.5
+            return out, attention_received(q, k, self.attn.head_dim**-0.5, queries, present)
 
-    def _forward(self, x_BTC: Tensor, policy_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, policy_BT: Tensor | None, valid_BT: Tensor | None
+    ) -> Tensor:
         m = self.attn
-        qkv = linear(x_BTC, m.in_proj_weight, m.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, m.num_heads, m.head_dim)).permute(2, 0, 3, 1, 4)
         if policy_BT is None:
             valid = None if valid_BT is None else valid_BT[:, None, None, :]
             drop = m.dropout if self.training else 0.0
@@ -57,7 +69,19 @@ class TokenMSA(BaseModule):
         else:
             logits = (q * m.head_dim**-0.5) @ k.transpose(-2, -1)
             # The epsilon is there for the gradient only.
-            eps = 1e-6 if self.training else 0.0
+            eps = 1e-6 if policy_BT.requires_grad else 0.0
             weights = policy_softmax(logits, policy_BT, eps).to(v.dtype)
             out = F.dropout(weights, m.dropout, self.training) @ v
         return self.proj_drop(apply_linear(out.transpose(1, 2).flatten(2), m.out_proj))
+
+
+def received_attention(attn: nn.MultiheadAttention, x_BTC: Tensor, queries: str) -> Tensor:
+    """Return the attention that each token of its input receives in a layer, (B, T) float32."""
+    q, k, _ = _heads(attn, x_BTC)
+    return attention_received(q, k, attn.head_dim**-0.5, queries)
+
+
+def _heads(attn: nn.MultiheadAttention, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, (B, h, T, D)."""
+    qkv = linear(x_BTC, attn.in_proj_weight, attn.in_proj_bias)
+    return qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind()

@@ -1,7 +1,7 @@
 """The one maker of decisions, which backbones, necks and heads own."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from ..ops import (
     Decision,
     Plan,
     cell_grid,
+    cell_means,
     keep_all,
     plan,
     region,
@@ -41,6 +42,9 @@ class Decider(nn.Module):
         budgets: Keep ratios of each budget by its name; see ``set_budget``. They are saved and
             loaded with the weights.
         follows: Whether a neck or head takes the scores of the backbone's predictors.
+        learns: Whether what scores the cells has something to learn. If not, training selects as
+            inference does.
+        reads: What predictors look at: 'maps', or the 'attention' of the layer before.
 
     Args:
         sparsity: Keep ratios, selector and, of a neck or head, predictor.
@@ -49,6 +53,9 @@ class Decider(nn.Module):
         executions: What ``execution`` may be, some of ``ops.EXECUTIONS``. Defaults to 'gather' and
             'masked'.
         falling: Whether no keep ratio may be above the one before. Defaults to False.
+
+    Raises:
+        ValueError: If the predictor does not go with the part or with the selector.
     """
 
     def __init__(
@@ -66,8 +73,14 @@ class Decider(nn.Module):
         self.follows = False
         if embed_dims is not None:
             self.follows = sparsity.predictor == BACKBONE
-            if sparsity.predictor is not None and not self.follows:
-                self.predictor = build_part(sparsity.predictor, embed_dims)
+        predictor = None if sparsity is None or self.follows else sparsity.predictor
+        kind = predictor and _part_type(predictor)
+        self.learns = self.follows or (kind is not None and getattr(kind, 'learns', True))
+        self.reads = getattr(kind, 'reads', 'maps')
+        if predictor is not None:
+            self._check_predictor(predictor)
+            if embed_dims is not None:
+                self.predictor = build_part(predictor, embed_dims)
         self.keep_ratios: list[float] = []
         if sparsity is not None:
             self.set_keep_ratio(sparsity.keep_ratio)
@@ -135,7 +148,19 @@ class Decider(nn.Module):
             index: Number of the decision. Defaults to 0.
             learns: Whether what scores the cells is in training mode. Defaults to False.
         """
-        return self.keep_ratios[index] >= 1 and not learns
+        return self.keep_ratios[index] >= 1 and not (learns and self.learns)
+
+    def cells(self, x_BCHW: Tensor, size: int, predictor: nn.Module | None = None) -> Tensor:
+        """Return what a predictor sees of the cells of a map, (B, N, C).
+
+        A predictor with a method ``pool`` says itself what that is; else it is the cells' means.
+
+        Args:
+            x_BCHW: The map.
+            size: Side of a cell on this map, in positions.
+            predictor: Defaults to None, the decider's own.
+        """
+        return getattr(predictor or self.predictor, 'pool', cell_means)(x_BCHW, size)
 
     def predict(
         self,
@@ -146,12 +171,12 @@ class Decider(nn.Module):
         predictor: nn.Module | None = None,
         among_BN: Tensor | None = None,
     ) -> Decision:
-        """Decide by a predictor: in training mode it samples, in eval mode it selects.
+        """Decide by a predictor: one that learns samples in training mode, else it selects.
 
         What a predictor learns does not change the features it looks at: gradients end there.
 
         Args:
-            cells_BNC: Features of the cells.
+            cells_BNC: What ``cells`` returns.
             hw: Height and width of the map, in locations.
             cell_size: Side of a cell, in locations. Defaults to 1.
             index: Number of the decision. Defaults to 0.
@@ -180,19 +205,21 @@ class Decider(nn.Module):
             hw: Height and width of the map, in locations.
             cell_size: Side of a cell, in locations. Defaults to 1.
             index: Number of the decision. Defaults to 0.
-            sample: Whether to sample, with a gradient. Defaults to False.
+            sample: Whether to sample, with a gradient, if there is something to learn. Defaults to
+                False.
             exact: Whether a sample keeps exactly the keep ratio. Defaults to False.
             among_BN: 1 for the cells that the decision before kept, 0 for others; no others are
                 kept. Defaults to None, all.
         """
         ratio, selector = self.keep_ratios[index], self.sparsity.selector
-        if sample:
+        if sample and self.learns:
             if self.serves_all:
                 log_probs_BN2, exact = _centred(log_probs_BN2), True
             self._warn_without_loss(ratio, exact)
             return sample_decision(log_probs_BN2, hw, ratio, selector, cell_size, exact, among_BN)
         if ratio >= 1:
-            return keep_all(len(log_probs_BN2), hw, log_probs_BN2.device, cell_size)
+            everything = keep_all(len(log_probs_BN2), hw, log_probs_BN2.device, cell_size)
+            return everything._replace(scores=log_probs_BN2[..., 0].float())
         among_ratio = 1.0 if among_BN is None else self.keep_ratios[index - 1]
         return select_decision(log_probs_BN2, hw, ratio, selector, cell_size, among_BN, among_ratio)
 
@@ -201,8 +228,8 @@ class Decider(nn.Module):
 
         It can if everything is kept, and if the backbone's predictors are followed. Of the
         backbone's decisions the last one whose cells are no larger is taken, or else the finest;
-        where the backbone keeps everything without looking, so is here. Scores that carry a
-        gradient are sampled, exactly at the keep ratio: they were learned at another one.
+        where the backbone keeps everything without looking, so is here. Scores of a predictor that
+        learns are sampled, exactly at the keep ratio: they were learned at another one.
 
         Args:
             inputs: What the neck or head gets.
@@ -225,7 +252,7 @@ class Decider(nn.Module):
                 f'{type(inputs).__name__} of maps without'
             )
         source = _last_fine(decisions, everything.grid)
-        learns = source.scores.requires_grad
+        learns = source.mask.requires_grad
         if source.keeps_all and not learns:
             return everything
         scores = _cell_scores(source, hw, self.sparsity.cell_size)
@@ -239,6 +266,19 @@ class Decider(nn.Module):
     def forward(self, decisions: Sequence[Decision]) -> None:
         """Show the decisions of a whole forward, which has come to its end, to hooks and users."""
         self.decisions = () if is_exporting() else tuple(decisions)
+
+    def _check_predictor(self, predictor: Mapping) -> None:
+        # Tokens that come back have no attention to go by; only vision transformers fall.
+        if self.reads == 'attention' and not self.falling:
+            raise ValueError(
+                'sparsity.predictor may be an AttentionScore in a SparseVisionTransformer with '
+                f'reactivate=False only, got {dict(predictor)} elsewhere'
+            )
+        if not self.learns and self.sparsity.selector == 'threshold':
+            raise ValueError(
+                "sparsity.selector must not be 'threshold', which needs a learned P(keep), with "
+                f"the predictor {dict(predictor)}, got 'threshold'"
+            )
 
     def _warn_without_loss(self, ratio: float, exact: bool) -> None:
         if ratio < 1 and not exact and not self.has_ratio_loss and not self._warned:
@@ -300,6 +340,10 @@ def _centred(log_probs_BN2: Tensor) -> Tensor:
     odds_BN = log_probs_BN2[..., 0] - log_probs_BN2[..., 1]
     odds_BN = odds_BN - odds_BN.mean(1, keepdim=True)
     return F.logsigmoid(torch.stack((odds_BN, -odds_BN), -1))
+
+
+def _part_type(cfg: Mapping) -> type | None:
+    return MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
 
 
 def _last_fine(decisions: Sequence[Decision], grid: tuple[int, int]) -> Decision:

@@ -1,11 +1,11 @@
 """The ``sparsity`` argument of backbones, necks and heads, checked and completed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import ClassVar
 
-from ..ops import SELECTORS
+from ..ops import CLAMPED, SELECTORS
 
 # In place of a predictor's config: the scores come with the feature maps.
 BACKBONE = 'backbone'
@@ -31,8 +31,11 @@ class Sparsity:
             ``keep_ratio``. Defaults to 'subtract'.
         selector: How locations are selected at inference: 'topk' keeps a fixed share of each
             image; 'threshold' (P(keep) > 0.5) and 'mass' (the fewest locations that hold
-            ``keep_ratio`` of the sum of P(keep)) adapt to the image; 'random', in training too,
-            is the control that shows what the predictors learn. Defaults to 'topk'.
+            ``keep_ratio`` of the sum of P(keep)) and 'value' (P(keep) of at least
+            ``1 / keep_ratio - 1`` times its mean) adapt to the image; 'random', in training too,
+            is the control that shows what the predictors learn. dict(type='mass', least=0.1,
+            most=1.0), or 'value', states the smallest and the largest share of all locations that
+            is kept; by default it is at least one location. Defaults to 'topk'.
         predictor: Config of the predictor. Defaults to the published one.
         fast_path: Config of the path of dropped locations, or None to leave them unchanged.
             Defaults to the published one.
@@ -47,7 +50,7 @@ class Sparsity:
     keep_ratio: float | Sequence[float]
     locations: Mapping[int, Sequence[int]] | None = None
     schedule: str = 'subtract'
-    selector: str = 'topk'
+    selector: str | Mapping = 'topk'
     predictor: dict = field(default_factory=lambda: dict(type='mmdynsparse.LocalGlobalPredictor'))
     fast_path: dict | None = field(default_factory=lambda: dict(type='mmdynsparse.LinearFastPath'))
     cell_size: Sequence[int] | None = None
@@ -69,7 +72,7 @@ class Sparsity:
         check_keys(cfg, cls)
         self = cls(**{**defaults, **cfg})
         check_choice('sparsity.schedule', self.schedule, SCHEDULES)
-        check_choice('sparsity.selector', self.selector, SELECTORS)
+        check_selector(self.selector)
         check_part('sparsity.predictor', self.predictor)
         check_part('sparsity.fast_path', self.fast_path, or_none=True)
         locations = default_locations(depths) if self.locations is None else self.locations
@@ -141,7 +144,7 @@ class CellSparsity:
 
     keep_ratio: float
     cell_size: int = 8
-    selector: str = 'topk'
+    selector: str | Mapping = 'topk'
     predictor: Mapping | str | None = None
 
     @classmethod
@@ -150,7 +153,7 @@ class CellSparsity:
         check_keys(cfg, cls)
         self = cls(**{**defaults, **cfg})
         self.resolve(self.keep_ratio)
-        check_choice('sparsity.selector', self.selector, SELECTORS)
+        check_selector(self.selector)
         if not isinstance(self.cell_size, int) or self.cell_size < 2 or self.cell_size % 2:
             raise ValueError(
                 f'sparsity.cell_size must be an even number from 2 on, got {self.cell_size!r}'
@@ -197,7 +200,25 @@ def check_part(name: str, cfg: object, or_none: bool = False) -> None:
         raise ValueError(f"{name} must be {none}a config such as dict(type='...'), got {cfg!r}")
 
 
-def check_choice(name: str, value: str, allowed: Mapping) -> None:
+def check_selector(selector: object) -> None:
+    """Raise a ValueError if a value is no selector, by its name or with arguments."""
+    if not isinstance(selector, Mapping):
+        return check_choice('sparsity.selector', selector, SELECTORS)
+    if not {'type'} <= set(selector) <= {'type', 'least', 'most'}:
+        raise ValueError(
+            f'sparsity.selector takes type and perhaps least and most, got {dict(selector)}'
+        )
+    check_choice('sparsity.selector.type', selector['type'], CLAMPED)
+    limits = selector.get('least', 0), selector.get('most', 1)
+    numbers = all(isinstance(x, Real) and not isinstance(x, bool) for x in limits)
+    if not numbers or not 0 <= limits[0] <= limits[1] <= 1 or limits[1] == 0:
+        raise ValueError(
+            'sparsity.selector must have 0 <= least <= most <= 1 and most > 0, '
+            f'got {dict(selector)}'
+        )
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
     """Raise a ValueError if a value is none of those allowed."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f'{name} must be one of {tuple(allowed)}, got {value!r}')

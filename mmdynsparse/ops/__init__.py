@@ -19,6 +19,7 @@ from .regions import REGIONS, region
 from .resize import enlarge_rows
 from .rows import put_rows
 from .select import (
+    CLAMPED,
     SELECTORS,
     Decision,
     keep_all,
@@ -29,7 +30,14 @@ from .select import (
     sample_decision,
     select_decision,
 )
-from .tokens import TokenSubset, policy_softmax, put_tokens, take_tokens, token_subset
+from .tokens import (
+    TokenSubset,
+    attention_received,
+    policy_softmax,
+    put_tokens,
+    take_tokens,
+    token_subset,
+)
 from .two_paths import BREAK_EVEN, DENSE, EXECUTIONS, Plan, form_of, plan, two_paths
 from .windows import (
     WindowRows,

@@ -5,7 +5,8 @@ DynamicViT, eq. 5-7); inference selects without noise. Dimension letters: B imag
 image (row by row), K kept and M dropped cells of the whole batch.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def sample_decision(
     log_probs_BN2: Tensor,
     hw: tuple[int, int],
     ratio: float,
-    selector: str = 'topk',
+    selector: str | Mapping = 'topk',
     cell_size: int = 1,
     exact: bool = False,
     among_BN: Tensor | None = None,
@@ -114,7 +115,7 @@ def select_decision(
     log_probs_BN2: Tensor,
     hw: tuple[int, int],
     ratio: float,
-    selector: str = 'topk',
+    selector: str | Mapping = 'topk',
     cell_size: int = 1,
     among_BN: Tensor | None = None,
     among_ratio: float = 1.0,
@@ -125,12 +126,14 @@ def select_decision(
         log_probs_BN2: (B, N, 2) log-probabilities [keep, drop].
         hw: Height and width of the map, in locations.
         ratio: Target keep ratio in (0, 1], a share of all cells.
-        selector: A name in ``SELECTORS``. Defaults to 'topk'.
+        selector: A name in ``SELECTORS``, or a dict of that as ``type`` and of the other arguments
+            of one in ``CLAMPED``. Defaults to 'topk'.
         cell_size: Side of a cell, in locations. Defaults to 1.
         among_BN: 1 for the cells that may be kept, 0 for others. Defaults to None, all.
-        among_ratio: Target share of all cells that ``among_BN`` has. 'mass' keeps
-            ``ratio / among_ratio`` of the sum of P(keep) of these cells, so that cells of equal
-            probability are kept in the same number as by 'topk'. Defaults to 1.
+        among_ratio: Target share of all cells that ``among_BN`` has. The share of 'mass' and of
+            'value' is ``ratio / among_ratio``: 'mass' keeps so much of the sum of P(keep) of these
+            cells, so that cells of equal probability are kept in the same number as by 'topk'.
+            Defaults to 1.
 
     Raises:
         ValueError: If a score is NaN. On an accelerator the device assertion that stops the
@@ -141,9 +144,11 @@ def select_decision(
         scores_BN = log_probs_BN2[..., 0].float()
         _refuse_nan(scores_BN)
         scores_BN = _only(scores_BN, among_BN)
-        share = min(ratio / among_ratio, 1.0) if selector == 'mass' else ratio
-        mask_BN = SELECTORS[selector](scores_BN, share)
-        count = num_kept(mask_BN.shape[1], ratio) if selector in FIXED_BUDGET else None
+        limits = dict(type=selector) if isinstance(selector, str) else dict(selector)
+        name = limits.pop('type')
+        share = min(ratio / among_ratio, 1.0) if name in CLAMPED else ratio
+        mask_BN = SELECTORS[name](scores_BN, share, **limits)
+        count = num_kept(mask_BN.shape[1], ratio) if name in FIXED_BUDGET else None
         return Decision(mask_BN, scores_BN, hw, ratio, cell_size, count)
 
 
@@ -220,12 +225,34 @@ def threshold_mask(scores_BN: Tensor, ratio: float) -> Tensor:
     return (scores_BN.exp() > 0.5).float()
 
 
-def mass_mask(scores_BN: Tensor, ratio: float) -> Tensor:
-    """Keep the fewest locations that together hold ``ratio`` of the image's sum of P(keep)."""
-    probs_BN, order_BN = scores_BN.exp().sort(dim=1, descending=True)
+def mass_mask(scores_BN: Tensor, share: float, least: float = 0.0, most: float = 1.0) -> Tensor:
+    """Keep the fewest locations that together hold ``share`` of the image's sum of P(keep).
+
+    Args:
+        scores_BN: log P(keep), -inf for locations that may not be kept.
+        share: Of the sum, in (0, 1].
+        least: Smallest share of all locations that is kept, but at least one location and no more
+            than may be. Defaults to 0.
+        most: Largest share. Defaults to 1.
+    """
+    probs_BN, order_BN = _falling(scores_BN)
     mass_before_BN = probs_BN.cumsum(1) - probs_BN
-    keep_BN = (mass_before_BN < ratio * probs_BN.sum(1, keepdim=True)).float()
-    return torch.zeros_like(scores_BN).scatter_(1, order_BN, keep_BN)
+    # The sum of equal values may round to slightly less than it is.
+    mass_B1 = share * (1 - 1e-6) * probs_BN.sum(1, keepdim=True)
+    return _clamped(scores_BN, order_BN, mass_before_BN < mass_B1, least, most)
+
+
+def value_mask(scores_BN: Tensor, share: float, least: float = 0.0, most: float = 1.0) -> Tensor:
+    """Keep where P(keep) is at least ``1 / share - 1`` times its mean over the image.
+
+    That is 0 times, everything, at share 1, and once the mean at 0.5. The mean is over the
+    locations that may be kept. Arguments as of :func:`mass_mask`.
+    """
+    probs_BN, order_BN = _falling(scores_BN)
+    total_B1, count_B1 = (x.sum(1, keepdim=True) for x in (probs_BN, scores_BN > -torch.inf))
+    # Equal values may round to slightly less than their mean.
+    keep_BN = probs_BN * count_B1 >= (1 / share - 1) * (1 - 1e-6) * total_B1
+    return _clamped(scores_BN, order_BN, keep_BN, least, most)
 
 
 def random_mask(scores_BN: Tensor, ratio: float) -> Tensor:
@@ -237,14 +264,36 @@ def random_mask(scores_BN: Tensor, ratio: float) -> Tensor:
     return topk_mask(noise_BN, ratio)
 
 
-SELECTORS: dict[str, Callable[[Tensor, float], Tensor]] = {
+SELECTORS: dict[str, Callable[..., Tensor]] = {
     'topk': topk_mask,
     'threshold': threshold_mask,
     'mass': mass_mask,
+    'value': value_mask,
     'random': random_mask,
 }
 # Those that keep the same number of locations in every image.
 FIXED_BUDGET = ('topk', 'random')
+# Those that take a smallest and a largest share.
+CLAMPED = ('mass', 'value')
+
+
+def _falling(scores_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Return P(keep) in falling order, and that order, in which equals stay as they were."""
+    scores_BN, order_BN = scores_BN.sort(dim=1, descending=True, stable=True)
+    return scores_BN.exp(), order_BN
+
+
+def _clamped(
+    scores_BN: Tensor, order_BN: Tensor, keep_BN: Tensor, least: float, most: float
+) -> Tensor:
+    """Return the mask of the first of an order, as many as ``keep_BN`` has ones, within limits."""
+    n = scores_BN.shape[1]
+    # Rounded, because 0.07 of 100 in binary is just above 7.
+    low, high = math.ceil(round(n * least, 6)), math.floor(round(n * most, 6))
+    count_B1 = keep_BN.sum(1, keepdim=True).clamp(max(low, 1), max(high, 1))
+    count_B1 = count_B1.minimum((scores_BN > -torch.inf).sum(1, keepdim=True))
+    first_BN = (torch.arange(n, device=scores_BN.device) < count_B1).float()
+    return torch.zeros_like(scores_BN).scatter_(1, order_BN, first_BN)
 
 
 def _sample_order(

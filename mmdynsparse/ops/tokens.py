@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint as cp
 from torch import Tensor
 
 from .regions import region
@@ -77,6 +78,54 @@ def policy_softmax(logits_BhTT: Tensor, policy_BT: Tensor, eps: float) -> Tensor
     logits = logits_BhTT.float()
     weights = (logits - logits.amax(-1, keepdim=True)).exp() * policy
     return (weights + eps / t) / (weights.sum(-1, keepdim=True) + eps)
+
+
+def attention_received(
+    q_BhTD: Tensor,
+    k_BhTD: Tensor,
+    scale: float,
+    queries: str = 'mean',
+    valid_BT: Tensor | None = None,
+) -> Tensor:
+    """Return how much attention each token receives, (B, T) float32.
+
+    It is computed head by head, and again in the backward pass, so that no more than (B, T, T)
+    weights are alive at a time.
+
+    Args:
+        q_BhTD: Queries.
+        k_BhTD: Keys.
+        scale: Of the attention logits.
+        queries: The mean over all heads is taken, and over the queries of all tokens ('mean'), or
+            that of the first token alone ('cls'). Defaults to 'mean'.
+        valid_BT: False for tokens that are not there, which neither attend nor are attended.
+            Defaults to None, all are there.
+    """
+    if queries == 'cls':
+        q_BhTD = q_BhTD[:, :, :1]
+    # A compiler decides by itself what it computes again.
+    again = q_BhTD.requires_grad and not torch.compiler.is_compiling()
+    total_BT = 0
+    for q_k in zip(q_BhTD.unbind(1), k_BhTD.unbind(1), strict=True):
+        args = (*q_k, scale, valid_BT)
+        if again:
+            options = dict(use_reentrant=False, preserve_rng_state=False)
+            total_BT = total_BT + cp.checkpoint(_received_in_head, *args, **options)
+        else:
+            total_BT = total_BT + _received_in_head(*args)
+    return total_BT / q_BhTD.shape[1]
+
+
+def _received_in_head(
+    q_BQD: Tensor, k_BTD: Tensor, scale: float, valid_BT: Tensor | None
+) -> Tensor:
+    logits = (q_BQD * scale) @ k_BTD.transpose(1, 2)
+    if valid_BT is None:
+        return logits.softmax(-1, dtype=torch.float32).mean(1)
+    logits = logits.masked_fill(~valid_BT.unsqueeze(1), torch.finfo(logits.dtype).min)
+    asks_BQ1 = valid_BT[:, : q_BQD.shape[1], None]
+    weights = logits.softmax(-1, dtype=torch.float32) * asks_BQ1
+    return weights.sum(1) / asks_BQ1.sum(1).clamp(min=1)
 
 
 def _expand(positions: Tensor, x_BTC: Tensor) -> Tensor:

@@ -60,9 +60,9 @@ def form_of(decision: Decision, execution: str, learns: bool) -> str:
     Args:
         decision: Which cells are kept.
         execution: One of ``EXECUTIONS``: what is used in eval mode.
-        learns: Whether the blocks are in training mode. The mask and the fast path then take part
-            even at keep ratio 1: no parameter is without a gradient, and a mask of ones gives the
-            slow path's value exactly.
+        learns: Whether something learns by the mask, in training mode. The mask and the fast path
+            then take part even at keep ratio 1: no parameter is without a gradient, and a mask of
+            ones gives the slow path's value exactly.
     """
     if decision.keeps_all and not learns:
         return 'dense'
@@ -122,7 +122,7 @@ def two_paths(
             returns a tensor of its own, which gathered execution may change.
         fast: The light path, likewise, or None: dropped tokens get no update.
         plan: Which locations are kept, and how that is executed.
-        drop_path: Stochastic depth of the update; it plays no part in gathered execution.
+        drop_path: Stochastic depth of the update, image by image.
         slow_weights: Returns the parameters of the slow path for a fused kernel; a fast path has
             a method ``weights`` for its own. Needed by plans of the form 'triton'.
 
@@ -138,6 +138,8 @@ def two_paths(
         return out.view_as(residual_BNC)
     # With a fast path every row is written by one of the two.
     out = residual.clone() if fast is None else torch.empty_like(residual)
+    training = getattr(drop_path, 'training', False)
+    scale_B1 = drop_path(x_BNC.new_ones(len(x_BNC), 1)) if training else None
     paths = (('slow path', slow, plan.kept), ('fast path', fast, plan.dropped))
     for name, path, rows in paths:
         if path is None:
@@ -147,6 +149,8 @@ def two_paths(
             residual_RC = x_RC if residual_BNC is x_BNC else residual.index_select(0, rows)
         with region(name):
             update_RC = path(x_RC)
+            if training:
+                update_RC = update_RC * scale_B1[rows // x_BNC.shape[1]]
         with region('scatter'):
             out = out.to(torch.promote_types(out.dtype, update_RC.dtype))
             put_rows(out, rows, _sum(update_RC, residual_RC).to(out.dtype))

@@ -94,6 +94,40 @@ def test_warns_once_without_a_ratio_loss(monkeypatch):
     assert 'SparsityHook' in warnings[0]
 
 
+@pytest.mark.parametrize('selector', ['topk', 'mass', 'value', 'random'])
+def test_nothing_to_learn(selector, monkeypatch):
+    """Training selects as inference does, keeps everything without a look, and warns of nothing."""
+    monkeypatch.setattr(decider_module, 'print_log', lambda *args, **kwargs: 1 / 0)
+    decider = build(dict(type='mmdynsparse.MagnitudeScore'), selector=selector)
+    seen = decider.cells(torch.randn(2, 8, *HW), 8)
+    masks = []
+    for mode in (True, False):
+        torch.manual_seed(0)
+        decision = decider.train(mode).predict(seen, HW, 8)
+        assert not decision.mask.requires_grad
+        masks.append(decision.mask)
+    assert torch.equal(*masks) and not decider.learns
+    decider.train().set_keep_ratio(1.0)
+    assert decider.keeps_all(learns=True)
+
+
+def test_predictors_that_do_not_go_with_the_part_or_the_selector():
+    with pytest.raises(ValueError, match=r"must not be 'threshold', .* got 'threshold'"):
+        build(dict(type='mmdynsparse.MagnitudeScore'), selector='threshold')
+    with pytest.raises(ValueError, match=r'AttentionScore in a SparseVisionTransformer .* got'):
+        build(dict(type='mmdynsparse.AttentionScore'))
+
+
+def test_followers_of_scores_without_anything_to_learn_select():
+    """The scores of an AttentionScore carry a gradient, their mask does not."""
+    source = scored(torch.randn(4, 4))
+    source.scores.requires_grad_()
+    cfg = CellSparsity.from_cfg(dict(keep_ratio=0.5, predictor='backbone'))
+    maps = Features([torch.zeros(1, 1, 32, 32)], [source])
+    masks = [Decider(cfg, 8).decide_early(maps, (32, 32)).mask for _ in range(2)]
+    assert torch.equal(*masks) and not masks[0].requires_grad
+
+
 def test_finds_the_sparse_parts_of_a_model():
     model = torch.nn.ModuleDict(dict(neck=torch.nn.Module(), head=torch.nn.Module()))
     model.neck.decider, model.head.decider = build(), Decider(None)
@@ -202,7 +236,7 @@ def test_follows_everything_kept():
     """Unless there are scores: those of a predictor that learns to keep."""
     assert followed([keep_all(1, (4, 4), torch.device('cpu'))], (16, 16)).keeps_all
     learning = scored((4, 4), ratio=1.0)
-    learning.scores.requires_grad_()
+    learning.mask.requires_grad_()
     assert followed([learning], (16, 16)).mask.mean() == 0.5
 
 
@@ -211,7 +245,7 @@ def test_trains_at_its_own_ratio():
     cfg = CellSparsity.from_cfg(dict(keep_ratio=0.5, predictor='backbone'))
     decider = Decider(cfg, 8)
     source = scored(torch.randn(4, 4) - 2.2)
-    source.scores.requires_grad_()
+    source.scores.requires_grad_(), source.mask.requires_grad_()
     masks = []
     for _ in range(8):
         maps = Features([torch.zeros(1, 1, 32, 32)], [source])

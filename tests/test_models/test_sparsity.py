@@ -44,6 +44,13 @@ def test_a_stage_that_follows_has_the_ratio_of_the_decision_before():
     assert ratios(keep_ratio=1, **cfg) == [1.0] * 5
 
 
+@pytest.mark.parametrize('selector', ['value', dict(type='mass', least=0.1), dict(type='value')])
+def test_selectors_may_have_arguments(selector):
+    cfg = ConfigDict(keep_ratio=0.5, selector=selector)
+    assert Sparsity.from_cfg(cfg, DEPTHS).selector == selector
+    assert CellSparsity.from_cfg(cfg).selector == selector
+
+
 def test_config_dicts_and_string_stages():
     cfg = ConfigDict(keep_ratio=0.5, locations={'2': [1, 3]})
     assert Sparsity.from_cfg(cfg, DEPTHS).locations == {2: (1, 3)}
@@ -61,6 +68,18 @@ def test_config_dicts_and_string_stages():
         (dict(keep_ratio=0.3), r"decision 2 .*got -0.1 \(keep_ratio 0.3 with schedule 'subtract'"),
         (dict(keep_ratio=0.7, schedule='linear'), r"one of \('subtract', 'power'\), got 'linear'"),
         (dict(keep_ratio=0.7, selector='best'), r"one of \('topk', .*got 'best'"),
+        (dict(keep_ratio=0.7, selector=dict(least=0.1)), r'takes type .*, got .*least'),
+        (dict(keep_ratio=0.7, selector=dict(type='mass', share=1)), r'takes type .*, got .*share'),
+        (
+            dict(keep_ratio=0.7, selector=dict(type='topk')),
+            r"selector.type must be one of \('mass', 'value'\), got 'topk'",
+        ),
+        (
+            dict(keep_ratio=0.7, selector=dict(type='mass', least=0.5, most=0.4)),
+            'selector must have 0 <= least <= most <= 1 .*, got .*0.4',
+        ),
+        (dict(keep_ratio=0.7, selector=dict(type='value', most=0)), 'most > 0, got .*most'),
+        (dict(keep_ratio=0.7, selector=dict(type='value', least='0')), 'got .*least'),
         (dict(keep_ratio=0.7, locations={2: (1, 6)}), r'indices 0 to 5, got \(1, 6\)'),
         (dict(keep_ratio=0.7, locations={2: (3, 1)}), r'ascending .* got \(3, 1\)'),
         (dict(keep_ratio=0.7, locations={2: ()}), r'got \(\)'),

@@ -11,6 +11,7 @@ from mmdynsparse.ops import (
     sample_decision,
     select_decision,
 )
+from mmdynsparse.ops.select import mass_mask, value_mask
 
 
 def log_probs(b=2, n=50):
@@ -240,3 +241,52 @@ def test_a_ratio_loss_has_no_say_in_exact_sampling():
     decision = sample_decision(log_probs(), (5, 10), 0.33, exact=True)
     assert (decision.mask.sum(1) == 16).all()
     assert (decision.mask.mean(1) - decision.ratio).abs().max() < 1e-6
+
+
+def brute_force_value(probs, share):
+    """Places of at least ``times`` the mean, or else the best one."""
+    times = 1 / share - 1
+    kept = {i for i, p in enumerate(probs.tolist()) if p >= times * probs.mean().item()}
+    return kept or {probs.argmax().item()}
+
+
+BRUTE_FORCE = {mass_mask: brute_force_mass, value_mask: brute_force_value}
+
+
+@pytest.mark.parametrize('mask_of', BRUTE_FORCE)
+@pytest.mark.parametrize('share', [0.05, 0.3, 0.5, 0.9, 0.99])
+def test_adaptive_selectors(mask_of, share):
+    """They do what brute force does, whatever the order, and keep more for a larger share."""
+    scores = (3 * torch.randn(4, 40)).log_softmax(-1)
+    mask = mask_of(scores, share)
+    for row, one in zip(scores.exp().double(), mask, strict=True):
+        assert set(one.nonzero()[:, 0].tolist()) == BRUTE_FORCE[mask_of](row, share)
+    order = torch.randperm(40)
+    assert torch.equal(mask_of(scores[:, order], share), mask[:, order])
+    assert (mask_of(scores, 0.9 * share) <= mask).all()
+    assert torch.equal(mask_of(scores - 2, share), mask)  # shares of the sum, whatever it is
+
+
+@pytest.mark.parametrize('mask_of', BRUTE_FORCE)
+def test_adaptive_selectors_keep_within_limits(mask_of):
+    """Shares of all places, ties by position, at least one place and none that may not be kept."""
+    scores = torch.tensor([[0.7, 0.1, 0.1, 0.1] + 6 * [1e-9]]).log()
+    kept = [mask_of(scores, share, **limits).nonzero()[:, 1].tolist() for share, limits in (
+        (0.01, {}), (0.01, dict(least=0.21)), (0.999, dict(most=0.29)), (0.01, dict(most=0.05)),
+        (0.5, dict(least=0.5, most=0.5)),
+    )]  # fmt: skip
+    assert kept == [[0], [0, 1, 2], [0, 1], [0], [0, 1, 2, 3, 4]]
+    scores[:, 1:] = -torch.inf
+    assert mask_of(scores, 0.5, least=0.5).nonzero()[:, 1].tolist() == [0]
+    assert mask_of(torch.full((1, 3), -torch.inf), 0.5).sum() == 0
+    equal = torch.full((1, 30), 1 / 30).log()
+    assert mask_of(equal, 0.5).sum() == (15 if mask_of is mass_mask else 30)
+
+
+def test_selectors_with_arguments():
+    scores = log_probs()
+    selector = dict(type='value', least=0.4, most=0.5)
+    masks = [select_decision(scores, (5, 10), r, selector).mask for r in (0.1, 0.9)]
+    assert [mask.sum(1).tolist() for mask in masks] == [[20, 20], [25, 25]]
+    assert selector['type'] == 'value'
+    assert torch.equal(masks[0], select_decision(scores, (5, 10), 0.4).mask)

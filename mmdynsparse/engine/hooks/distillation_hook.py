@@ -19,6 +19,7 @@ from ..distillation import (
     LOSS_NAMES,
     ROI,
     ROI_INPUT,
+    SEGMENTOR,
     Batch,
     feature_loss,
     find_module,
@@ -28,6 +29,12 @@ from ..distillation import (
     parse_weight,
     run_parts,
     second_stage,
+)
+from ..importance import (
+    importance_loss,
+    importance_source,
+    importance_target,
+    parse_importance,
 )
 from ..runs import bare_model
 from ..teacher import check_teacher, copy_student, load_teacher
@@ -42,9 +49,10 @@ class DistillationHook(Hook):
 
     In training the model's loss dict gains ``loss_distill_logits`` (of a segmentor's pixels) or
     ``loss_distill_rpn`` and ``loss_distill_roi`` (of the anchors, and of the regions that the
-    detector sampled), and ``loss_distill_NAME`` for the maps of each module in ``features``, with
-    underscores for dots. They are weighted and are means over images, so they pass through AMP,
-    gradient accumulation and distributed training like every other loss.
+    detector sampled), ``loss_distill_NAME`` for the maps of each module in ``features``, with
+    underscores for dots, and ``loss_distill_importance``. They are weighted and are means over
+    images, so they pass through AMP, gradient accumulation and distributed training like every
+    other loss.
 
     The teacher sees the student's augmented and normalized batch, in eval mode, without gradients
     and under the student's autocast. It belongs to this hook alone: no checkpoint has it, nothing
@@ -65,6 +73,11 @@ class DistillationHook(Hook):
             locations that the last decision of the module's forward drops, as was published for
             vision transformers (DistillDiffPruningLoss in losses.py of DynamicViT). Defaults to
             None, dict(backbone=0.5).
+        importance: For a backbone whose tokens an ``AttentionScore`` scores,
+            dict(weight=1.0, target='mean'): the weight, >= 0, of the divergence of the scores from
+            what the teacher finds important. That is the attention which tokens receive in its
+            last layer, from all tokens ('mean') or the class token ('cls'), or the entropy of its
+            pixels ('entropy'). Defaults to None, without.
 
     Raises:
         ValueError: If an argument is outside its range or all weights are 0, or, before the first
@@ -78,6 +91,7 @@ class DistillationHook(Hook):
         logit_weight: float = 0.5,
         temperature: float = 1.0,
         features: Mapping[str, float | Sequence[float] | Mapping] | None = None,
+        importance: Mapping | None = None,
     ) -> None:
         is_named = isinstance(teacher, Mapping) and set(teacher) == {'config', 'checkpoint'}
         if teacher != 'self' and not is_named:
@@ -89,9 +103,10 @@ class DistillationHook(Hook):
             raise ValueError(f'logit_weight must be at least 0, got {logit_weight!r}')
         weights = {n: parse_weight(f'features[{n!r}]', value) for n, value in features.items()}
         weights = {name: weight for name, weight in weights.items() if np.any(weight[0])}
-        if not logit_weight and not weights:
+        self.importance = parse_importance(importance)
+        if not logit_weight and not weights and not self.importance:
             raise ValueError(
-                'logit_weight or a weight in features must be above 0, got '
+                'logit_weight or a weight in features or importance must be above 0, got '
                 f'{logit_weight!r} and {features}; leave DistillationHook out to train '
                 'without a teacher'
             )
@@ -117,6 +132,8 @@ class DistillationHook(Hook):
         student = bare_model(runner)
         self._heads = logit_heads(student) if self.logit_weight else []
         names = {*self._heads, *self.features}
+        if self.importance and self.importance[1] == 'entropy':
+            names.add(SEGMENTOR)
         self._needs_rois = is_two_stage(student) and any(n.startswith(IN_ROI_HEAD) for n in names)
         self._names = sorted(names | ({ROI_INPUT, ROI} if self._needs_rois else set()))
         self._student, self._student_calls = student, self._recorder(student)
@@ -124,7 +141,10 @@ class DistillationHook(Hook):
             self._teacher, classes = copy_student(runner, sorted(names), self._loaded), None
         else:
             self._teacher, classes = load_teacher(**self.teacher)
-        self._teacher_calls = self._recorder(self._teacher)
+        self._source = None
+        if self.importance:
+            self._source = importance_source(student, self._teacher, self.importance[1])
+        self._teacher_calls = self._recorder(self._teacher, self._source)
         ours = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
         check_teacher(student, self._teacher, self._heads, (ours, classes))
         self._teacher.requires_grad_(False)
@@ -144,8 +164,9 @@ class DistillationHook(Hook):
             handle.remove()
         self._student = self._teacher = self._student_calls = self._teacher_calls = None
 
-    def _recorder(self, model: nn.Module) -> CallRecorder:
-        return CallRecorder({name: find_module(model, name) for name in self._names})
+    def _recorder(self, model: nn.Module, source: str | None = None) -> CallRecorder:
+        names = {*self._names, *([source] if source else [])}
+        return CallRecorder({name: find_module(model, name) for name in names})
 
     def _compare_on_empty_image(self) -> None:
         """Run both models on an empty image, so that what does not fit fails now."""
@@ -167,6 +188,8 @@ class DistillationHook(Hook):
         weights = {LOSS_NAMES[head]: self.logit_weight for head in self._heads}
         for name, (weight, kept_only) in self.features.items():
             weights[name] = f'{weight} where kept' if kept_only else weight
+        if self.importance:
+            weights['importance'] = '{} by {}'.format(*self.importance)
         losses = ', '.join(f'{loss_name(name)} {weight}' for name, weight in weights.items())
         text = f'Distillation from {source}: {losses}, temperature {self.temperature}'
         print_log(text, logger='current')
@@ -207,6 +230,11 @@ class DistillationHook(Hook):
                 )
             outs = student[name], teacher[name]
             losses[loss_name(name)] = feature_loss(name, *outs, batch, *weight)
+        if self.importance:
+            (weight, target), decisions = self.importance, self._student.backbone.decisions
+            out, hw = teacher[self._source][-1], decisions[0].hw
+            shares = importance_target(self._teacher.backbone, target, out, hw)
+            losses[loss_name('importance')] = weight * importance_loss(decisions, shares)
         return losses
 
     def _run_teacher(self, images: Tensor, rois: Tensor | None) -> list[Call]:

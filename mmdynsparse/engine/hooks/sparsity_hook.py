@@ -28,7 +28,8 @@ class SparsityHook(Hook):
     ``keep_rate_I``, so they pass through AMP, gradient accumulation, DDP, the message hub and the
     visualizer like every other entry. In validation and test the mean rates over all images are
     logged as ``eval_keep_rate_I``. A predictor that keeps (nearly) nothing or everything against
-    its target is warned of, and so is a resumed training of other keep ratios.
+    its target is warned of, and so is a resumed training of other keep ratios. Of predictors that
+    have nothing to learn only the rates are logged.
 
     Each process samples its own decisions: its random numbers in training depend on the seed, the
     rank and the iteration that training starts or resumes from.
@@ -76,7 +77,7 @@ class SparsityHook(Hook):
             pairs = [(d, decider) for decider in self._deciders for d in decider.decisions]
             decisions = [d for d, _ in pairs]
             # A decider that follows keeps exactly its ratio.
-            counts = [not decider.follows for _, decider in pairs]
+            counts = [decider.learns and not decider.follows for _, decider in pairs]
             warmup = min(1.0, (runner.iter + 1) / max(self.warmup_iters, 1))
             weight = self.weight * warmup
             return losses | sparsity_losses(decisions, weight, self.per_image, counts)
@@ -131,15 +132,18 @@ class SparsityHook(Hook):
             check_backbone(model, checkpoint.get('state_dict', checkpoint))
         ratios = keep_ratios(model)
         before = checkpoint.get('meta', {}).get('keep_ratios', ratios)
-        if runner._resume and before != ratios:
+        learns = any(decider.learns for decider in deciders(model).values())
+        if runner._resume and learns and before != ratios:
             warn(
                 f'The resumed training had the keep ratios {before}, this one has {ratios}: the '
                 'predictors must learn them in the iterations that are left.'
             )
 
     def _warn_of_collapse(self, rates: Sequence[float], when: str) -> None:
-        for i, (rate, target) in enumerate(zip(rates, keep_ratios(self._model), strict=True)):
-            if what := collapse(rate, target):
+        learns = [d.learns for d in self._deciders for _ in d.keep_ratios]
+        targets = keep_ratios(self._model)
+        for i, (rate, target, may) in enumerate(zip(rates, targets, learns, strict=True)):
+            if may and (what := collapse(rate, target)):
                 warn(
                     f'Predictor {i} keeps {what} ({rate:.3f} of the locations {when}, target '
                     f'{target}): raise the weight of SparsityHook or the learning rate of the '
@@ -222,15 +226,18 @@ def sparsity_losses(
         counts: Whether each decision may take part in the loss. Defaults to None, all of them.
 
     Returns:
-        Scalars 'loss_keep_ratio' and, for each predictor, 'keep_rate_I'; nothing without decisions.
+        Scalars 'loss_keep_ratio', where a decision may take part in it, and 'keep_rate_I' for each
+        predictor; nothing without decisions.
     """
     if not decisions:
         return {}
     dims = 1 if per_image else (0, 1)
     pairs = list(zip(decisions, counts or [True] * len(decisions), strict=True))
+    rates = {f'keep_rate_{i}': d.mask.detach().mean() for i, d in enumerate(decisions)}
+    if not any(may for _, may in pairs):
+        return rates
     learned = [d for d, may in pairs if d.mask.requires_grad and may] or decisions
     errors = [(d.mask.mean(dims) - d.ratio).square().mean() for d in learned]
-    rates = {f'keep_rate_{i}': d.mask.detach().mean() for i, d in enumerate(decisions)}
     return {'loss_keep_ratio': weight * torch.stack(errors).mean(), **rates}
 
 

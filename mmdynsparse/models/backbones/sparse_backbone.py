@@ -18,7 +18,6 @@ from ...ops import (
     EXECUTIONS,
     Decision,
     Plan,
-    cell_means,
     keep_all,
     location_scores,
     plan,
@@ -103,8 +102,10 @@ class SparseBackbone(BaseModule):
 
         'gather' (the default) computes each path on its own locations; 'triton' does so in fused
         kernels for CUDA (see ``ops.kernels``; not for vision transformers, which have no paths to
-        fuse); 'masked' computes both everywhere and combines them by the mask. In training it is
-        always masked, which lets the predictors learn from the task.
+        fuse); 'masked' computes both everywhere and combines them by the mask. Training is always
+        masked where predictors learn, which lets them learn from the task, and in convolutions,
+        whose batch norms see the whole map; without predictors that learn it is as here, but
+        'gather' in place of 'triton'.
         """
         return self.decider.execution
 
@@ -258,20 +259,29 @@ class StagedBackbone(SparseBackbone):
         if self.decider.keeps_all(index, learns):
             return keep_all(len(x), hw, x.device, size)
         if predictor is not None:
-            return self.decider.predict(cell_means(x, size), hw, size, index, predictor)
+            cells_BNC = self.decider.cells(x, size, predictor)
+            return self.decider.predict(cells_BNC, hw, size, index, predictor)
         last = decisions[index - 1]
         log_probs = resize_scores(location_scores(last), last.hw, hw, size)
         return self.decider.decide(log_probs, hw, size, index, sample=learns)
 
     def _plan(self, decision: Decision, stage: int) -> Plan:
+        training, has_fast_path = self.stages[stage].training, self.sparsity.fast_path is not None
+        # A fast path gets its gradient even where nothing is dropped.
+        needs_mask = has_fast_path if decision.keeps_all else not self.gathers_in_training
         return plan(
             decision,
-            self.execution,
-            learns=self.stages[stage].training,
-            has_fast_path=self.sparsity.fast_path is not None,
+            'gather' if training and self.execution == 'triton' else self.execution,
+            learns=training and (self.decider.learns or needs_mask),
+            has_fast_path=has_fast_path,
             of_cells=self.gathers_cells,
             break_even=self.break_even,
         )
+
+    @property
+    def gathers_in_training(self) -> bool:
+        """Whether blocks may be gathered in training, where no predictor learns."""
+        return not self.gathers_cells
 
     def _blocks(self, stage: int) -> Sequence[nn.Module]:
         return list(self.stages[stage])

@@ -247,6 +247,11 @@ class SparseSwinTransformer(StagedBackbone):
         """Whether window attention, too, updates kept tokens only."""
         return self.sparsity is not None and self.sparsity.attention
 
+    @property
+    def gathers_in_training(self) -> bool:
+        """Whether blocks may be gathered in training: stochastic depth asks for all windows."""
+        return not self.sparse_attention
+
     def _stem(self, x: Tensor) -> Tensor:
         x, hw = self.patch_embed(x)
         if self.use_abs_pos_embed:

@@ -2,8 +2,9 @@
 
 Sources: Dosovitskiy et al., *An Image is Worth 16x16 Words* (arXiv 2010.11929); Rao et al.,
 *DynamicViT* (NeurIPS 2021); Liu et al., *Revisiting Token Pruning for Object Detection and
-Instance Segmentation* (SViT, arXiv 2306.07050) for reactivation. Arguments and state-dict names
-are those of ``VisionTransformer`` in mmsegmentation 1.x; what is added are ``predictors.J``.
+Instance Segmentation* (SViT, arXiv 2306.07050) for reactivation; Li et al., *SaiT* (arXiv
+2210.05832), for decisions by attention. Arguments and state-dict names are those of
+``VisionTransformer`` in mmsegmentation 1.x; what is added are ``predictors.J``.
 """
 
 import logging
@@ -59,15 +60,24 @@ class TransformerEncoderLayer(Block):
         self.drop_path = DropPath(drop_path_rate)
 
     def _forward(
-        self, x: Tensor, policy_BT: Tensor | None = None, valid_BT: Tensor | None = None
-    ) -> Tensor:
-        """Return the tokens (B, T, C) after the layer; arguments as of ``TokenMSA``.
+        self,
+        x: Tensor,
+        policy_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+        queries: str | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the tokens (B, T, C) after the layer; arguments and pairs as of ``TokenMSA``.
 
         Tokens that the policy drops stay as they are.
         """
-        y = x + self.attn(self.ln1(x), policy_BT, valid_BT)
+        update = self.attn(self.ln1(x), policy_BT, valid_BT, queries)
+        if queries is not None:
+            update, received_BT = update
+        y = x + update
         y = y + self.drop_path(self.ffn(self.ln2(y)))
-        return y if policy_BT is None else torch.lerp(x, y, policy_BT.unsqueeze(-1).to(y.dtype))
+        if policy_BT is not None:
+            y = torch.lerp(x, y, policy_BT.unsqueeze(-1).to(y.dtype))
+        return y if queries is None else (y, received_BT)
 
 
 @MODELS.register_module()
@@ -76,7 +86,9 @@ class SparseVisionTransformer(SparseBackbone):
 
     A dropped token is attended by nobody and keeps its last value, so that the maps returned are
     whole. A predictor decides among the tokens that are still kept, so keep ratios must not rise;
-    with ``reactivate`` it decides among all, and a token that skipped layers may come back.
+    with ``reactivate`` it decides among all, and a token that skipped layers may come back. An
+    ``AttentionScore`` in place of a predictor decides by the attention that tokens receive in the
+    layer before; a dense checkpoint then lacks nothing.
 
     Args:
         img_size: Image size (px) of the position embedding. Defaults to 224.
@@ -203,15 +215,14 @@ class SparseVisionTransformer(SparseBackbone):
         whole, hw = self._embed(x)
         outs = [self._output(whole, hw)] if self.out_origin else []
         locations, decisions = self.stage_locations(0), []
-        tokens, subset, policy = whole, None, None
+        tokens, subset, policy, received = whole, None, None, None
         for i in range(max(self.out_indices) + 1):
             if i in locations:
                 whole = tokens if subset is None else put_tokens(whole, tokens, subset)
                 index = locations.index(i)
-                decisions.append(self._decide(whole, hw, index, decisions, subset))
+                decisions.append(self._decide(whole, hw, index, decisions, subset, received))
                 tokens, subset, policy = self._drop(whole, decisions[-1])
-            if tokens.shape[1] > 0:
-                tokens = self.layers[i](tokens, policy, None if subset is None else subset.valid)
+            tokens, received = self._run_layer(i, tokens, subset, policy)
             if i in self.out_indices:
                 out = tokens if subset is None else put_tokens(whole, tokens, subset)
                 last = i == len(self.layers) - 1
@@ -234,22 +245,44 @@ class SparseVisionTransformer(SparseBackbone):
         index: int,
         decisions: Sequence[Decision],
         subset: TokenSubset | None,
+        received_BT: Tensor | None,
     ) -> Decision:
         """Decide among the tokens that are still kept, or with ``reactivate`` among all."""
-        if self.decider.keeps_all(index, learns=self.training):
+        if received_BT is None and self.decider.keeps_all(index, learns=self.training):
             return keep_all(len(whole_BTC), hw, whole_BTC.device)
         among_BN = decisions[index - 1].mask if index and not self.reactivate else None
         with region('predictor'):
-            log_probs = self._score(whole_BTC, self.predictors[index], among_BN, subset)
+            seen = whole_BTC.detach() if received_BT is None else received_BT
+            log_probs = self._score(seen, self.predictors[index], among_BN, subset)
         return self.decider.decide(
             log_probs, hw, index=index, sample=self.training, among_BN=among_BN
         )
+
+    def _run_layer(
+        self, i: int, tokens_BTC: Tensor, subset: TokenSubset | None, policy_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens after a layer, and what they receive where a decision reads that.
+
+        In training it is read at keep ratio 1 as well, for what is distilled.
+        """
+        locations, queries = self.stage_locations(0), None
+        if self.decider.reads == 'attention' and i + 1 in locations:
+            index = locations.index(i + 1)
+            if self.training or not self.decider.keeps_all(index):
+                queries = self.predictors[index].queries
+        if tokens_BTC.shape[1] == 0:
+            return tokens_BTC, None if queries is None else tokens_BTC[..., 0]
+        valid_BT = None if subset is None else subset.valid
+        if queries is None:
+            return self.layers[i](tokens_BTC, policy_BT, valid_BT), None
+        return self.layers[i](tokens_BTC, policy_BT, valid_BT, queries)
 
     def _drop(
         self, whole_BTC: Tensor, decision: Decision
     ) -> tuple[Tensor, TokenSubset | None, Tensor | None]:
         """Return the tokens that go on after a decision, with their places or their policy."""
-        form = form_of(decision, self.execution, learns=self.training)
+        learns = self.training and self.decider.learns
+        form = form_of(decision, self.execution, learns)
         if form == 'dense':
             return whole_BTC, None, None
         # The class token is always kept.
@@ -263,19 +296,22 @@ class SparseVisionTransformer(SparseBackbone):
 
     def _score(
         self,
-        whole_BTC: Tensor,
+        seen: Tensor,
         predictor: nn.Module,
         among_BN: Tensor | None,
         subset: TokenSubset | None,
     ) -> Tensor:
-        """Return log-probabilities (B, N, 2); dropped tokens may be left at -inf."""
+        """Return log-probabilities (B, N, 2); dropped tokens may be left at -inf.
+
+        A predictor sees all tokens (B, T, C), or what those of the subset receive, (B, T).
+        """
         first = int(self.with_cls_token)
-        tokens_BNC = whole_BTC[:, first:].detach()
+        seen = seen[:, first:]
         if among_BN is None or subset is None:
-            return predictor(tokens_BNC, among_BN)
+            return predictor(seen, among_BN)
         valid = None if subset.valid is None else subset.valid[:, first:]
         subset = TokenSubset(subset.positions[:, first:] - first, valid)
-        log_probs = predictor(take_tokens(tokens_BNC, subset), valid)
+        log_probs = predictor(take_tokens(seen, subset) if seen.ndim == 3 else seen, valid)
         out = log_probs.new_full((*among_BN.shape, 2), -torch.inf)
         return put_tokens(out, log_probs, subset)
 
@@ -339,8 +375,22 @@ class SparseVisionTransformer(SparseBackbone):
                 'sparsity.fast_path must be None: dropped tokens leave the sequence, got '
                 f'{self.sparsity.fast_path}'
             )
+        if self.decider.reads == 'attention':
+            self._check_attention()
         if max(self.stage_locations(0)) > max(self.out_indices):
             raise ValueError(
                 f'sparsity.locations[0] takes layers up to the last output, '
                 f'{max(self.out_indices)}, got {self.stage_locations(0)}'
+            )
+
+    def _check_attention(self) -> None:
+        if self.stage_locations(0)[0] < 1:
+            raise ValueError(
+                'sparsity.locations[0] takes layers from 1 on with an AttentionScore, which reads '
+                f'the layer before, got {self.stage_locations(0)}'
+            )
+        if not self.with_cls_token and self.sparsity.predictor.get('queries') == 'cls':
+            raise ValueError(
+                "queries of an AttentionScore must be 'mean' without a class token, got 'cls' and "
+                'with_cls_token=False'
             )

@@ -25,7 +25,6 @@ from ...ops import (
     Plan,
     cell_grid,
     cell_mask,
-    cell_means,
     cell_table,
     enlarge_rows,
     region,
@@ -218,15 +217,15 @@ class SparseUPerHead(UPerHead):
         return self.decider.predict(self._cells(coarse.features, grid), hw, self.cell_size)
 
     def _cells(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Mean of each cell over a map at stride 8, (B, N, C)."""
+        """Return what is seen of each cell of a map at stride 8, (B, N, C)."""
         small = cell_grid(tuple(x.shape[2:]), self.cell_size // 2)
-        means = cell_means(x, self.cell_size // 2)
+        cells = self.decider.cells(x, self.cell_size // 2)
         if small == grid:
-            return means
+            return cells
         # A map of odd height or width, halved and rounded down, may lack the last cells.
-        means = means.transpose(1, 2).unflatten(2, small)
+        cells = cells.transpose(1, 2).unflatten(2, small)
         edge = (0, grid[1] - small[1], 0, grid[0] - small[0])
-        return F.pad(means, edge, mode='replicate').flatten(2).transpose(1, 2)
+        return F.pad(cells, edge, mode='replicate').flatten(2).transpose(1, 2)
 
     def _masked(self, x: Tensor, coarse: Coarse, decision: Decision) -> Tensor:
         """Compute both paths everywhere and combine them by the mask."""

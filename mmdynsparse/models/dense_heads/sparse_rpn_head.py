@@ -20,7 +20,6 @@ from ...ops import (
     Decision,
     Plan,
     cell_mask,
-    cell_means,
     keep_all,
     region,
     table_map,
@@ -113,7 +112,7 @@ class SparseRPNHead(RPNHead):
             decision = keep_all(len(x[0]), hw, x[0].device, self.cell_size)
         else:
             check_half_size('RPN head', hw, tuple(x[1].shape[2:]), self.cell_size)
-            cells_BNC = cell_means(x[1], self.cell_size // 2)
+            cells_BNC = self.decider.cells(x[1], self.cell_size // 2)
             decision = self.decider.predict(cells_BNC, hw, self.cell_size)
         self.decider([decision])
         return decision

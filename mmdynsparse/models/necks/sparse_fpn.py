@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...layers.cell_conv import channels_last, check_half_size, kept_cells
 from ...layers.conv_module import check_conv_modules, conv_module
-from ...ops import Decision, Plan, cell_mask, cell_means, put_tiles, region
+from ...ops import Decision, Plan, cell_mask, put_tiles, region
 from ...ops.caching import cached
 from ...registry import MODELS
 from ..decider import Decider
@@ -95,7 +95,7 @@ class SparseFPN(FPN):
         laterals = self._laterals(maps)
         check_half_size('FPN', hw, tuple(laterals[0].shape[2:]), self.cell_size)
         if decision is None:
-            cells_BNC = cell_means(laterals[0], self.cell_size // 2)
+            cells_BNC = self.decider.cells(laterals[0], self.cell_size // 2)
             decision = self.decider.predict(cells_BNC, hw, self.cell_size)
         plan = self.decider.plan(decision)
         outs = self._coarse_outs(laterals[1:])

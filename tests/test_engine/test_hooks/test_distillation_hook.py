@@ -1,3 +1,4 @@
+import math
 from copy import deepcopy
 from typing import ClassVar
 
@@ -99,8 +100,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(task, start, tiny):
     assert model.backbone.patch_embed.projection.weight.grad.abs().max() > 0
 
 
-def test_tokens_of_a_vision_transformer(start, tiny):
-    """As published: of the last map, where the last decision keeps."""
+def vit_config(tiny, **backbone):
     cfg = tiny.config('seg')
     cfg.backbone = dict(
         type='mmdynsparse.SparseVisionTransformer',
@@ -111,11 +111,22 @@ def test_tokens_of_a_vision_transformer(start, tiny):
         out_indices=(1, 3),
         sparsity=dict(keep_ratio=0.7),
     )
+    cfg.backbone.update(backbone)
     head = dict(in_channels=16, in_index=1, channels=8, num_convs=1, num_classes=2)
     cfg.decode_head = dict(head, type='FCNHead', loss_decode=cfg.decode_head.loss_decode)
+    return cfg
+
+
+def vit(tiny, **backbone):
+    """A segmentor with a vision transformer of 4 layers and 16 tokens."""
     init_default_scope('mmseg')
+    return MODELS.build(vit_config(tiny, **backbone))
+
+
+def test_tokens_of_a_vision_transformer(start, tiny):
+    """As published: of the last map, where the last decision keeps."""
     features = dict(backbone=dict(weight=[0, 0.5], kept_only=True))
-    model, hook = start('seg', MODELS.build(cfg), logit_weight=0, features=features)
+    model, hook = start('seg', vit(tiny), logit_weight=0, features=features)
     perturb(model)
     outs = []
     for part in (model, hook._teacher):
@@ -132,6 +143,115 @@ def test_tokens_of_a_vision_transformer(start, tiny):
 def perturb(model):
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
+
+
+SAIT = dict(keep_ratio=0.5, locations={0: (2,)}, predictor=dict(type='mmdynsparse.AttentionScore'))
+ALONE = dict(logit_weight=0, features={})
+IMPORTANCE = 'loss_distill_importance'
+
+
+@pytest.mark.parametrize('keep_ratio', [0.5, 1.0])
+@pytest.mark.parametrize('target', ['mean', 'cls', 'entropy'])
+def test_importance_of_tokens(target, keep_ratio, start, tiny):
+    """It trains the layers up to the one before the decision, in dense steps too."""
+    importance = dict(weight=2.0, target=target)
+    model, hook = start('seg', vit(tiny, sparsity=SAIT), **ALONE, importance=importance)
+    perturb(model)
+    model.backbone.set_keep_ratio(keep_ratio)
+    losses, seen = [], {}
+    for name, module in (('ln1', 'backbone.layers.3.ln1'), ('logits', 'decode_head.conv_seg')):
+        module = hook._teacher.get_submodule(module)
+        module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
+    for indices in ((0, 2, 4, 6), (0, 2), (4, 6)):
+        losses.append(losses_of(tiny, model, 'seg', indices)[IMPORTANCE])
+        if len(indices) == 4:
+            scores = model.backbone.decisions[0].scores
+            shares = expected_importance(hook._teacher.backbone, target, seen)
+    expected = 2 * (shares * (shares.log() - scores)).sum(1).mean() / math.log(16)
+    torch.testing.assert_close(losses[0], expected)
+    torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2)  # however a batch is split
+    losses[0].backward()
+    grads = [layer.attn.attn.in_proj_weight.grad for layer in model.backbone.layers]
+    assert all(grad.abs().max() > 0 for grad in grads[:2]) and grads[2:] == [None, None]
+    assert all(p.grad is None for p in hook._teacher.parameters())
+
+
+def expected_importance(backbone, target, seen):
+    if target == 'entropy':
+        probs = seen['logits'].softmax(1)
+        entropy = -(probs * probs.log()).sum(1).flatten(1) + 1e-3
+        return entropy / entropy.sum(1, keepdim=True)
+    m = backbone.layers[3].attn.attn
+    qkv = torch.nn.functional.linear(seen['ln1'], m.in_proj_weight, m.in_proj_bias)
+    q, k, _ = qkv.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).mean(1)
+    received = (weights[:, 0] if target == 'cls' else weights.mean(1))[:, 1:]
+    return received / received.sum(1, keepdim=True)
+
+
+def test_importance_by_a_dense_teacher_of_mmseg(start, tmp_path, tiny):
+    """It says what a copy of the student says that has its weights."""
+    student, importance = vit(tiny, sparsity=SAIT), dict(target='cls')
+    torch.save(student.state_dict(), tmp_path / 'dense.pth')
+    cfg = vit_config(tiny, type='VisionTransformer')
+    del cfg.backbone.sparsity
+    named = dict(config=dict(model=cfg, default_scope='mmseg'), checkpoint=tmp_path / 'dense.pth')
+    named['checkpoint'] = str(named['checkpoint'])
+    losses = []
+    for teacher in (named, 'self'):
+        student = vit(tiny, sparsity=SAIT)
+        student.load_state_dict(torch.load(tmp_path / 'dense.pth'))
+        model, _ = start('seg', student, teacher=teacher, **ALONE, importance=importance)
+        losses.append(losses_of(tiny, model, 'seg')[IMPORTANCE])
+    assert losses[0] > 0
+    torch.testing.assert_close(*losses)
+
+
+def test_importance_in_a_training(tmp_path, tiny):
+    hook, seen = DistillationHook(features={}, importance=dict(weight=0.5)), []
+    hook.after_train_iter = lambda *args, outputs, **kwargs: seen.append(outputs)
+    make_runner(tiny, tmp_path, 'seg', hook, model=vit(tiny, sparsity=SAIT)).train()
+    for outputs in seen:
+        assert outputs[IMPORTANCE] > 0 and 'loss_keep_ratio' not in outputs
+        assert outputs['keep_rate_0'] == 0.5
+
+
+@pytest.mark.parametrize(
+    'model, importance, match',
+    [
+        (None, {}, 'needs a SparseVisionTransformer .* got a SparseSwinTransformer without'),
+        (dict(), {}, r'sparsity.predictor .*AttentionScore.* got a SparseVisionTransformer with'),
+        (
+            dict(sparsity=SAIT, with_cls_token=False),
+            dict(target='cls'),
+            "'cls' needs a teacher with a class token, got with_cls_token=False",
+        ),
+    ],
+)
+def test_models_without_importance(model, importance, match, tmp_path, tiny):
+    """They are refused before the first iteration."""
+    hook = DistillationHook(**ALONE, importance=importance)
+    model = None if model is None else vit(tiny, **model)
+    with pytest.raises(ValueError, match=match):
+        make_runner(tiny, tmp_path, 'seg', hook, model=model).train()
+
+
+@pytest.mark.parametrize(
+    'changes, match',
+    [
+        (dict(patch_size=8), 'a teacher with as many tokens as the student, 64, got 256'),
+        (None, "'mean' needs a teacher with a VisionTransformer as backbone, got a SwinTransf"),
+    ],
+)
+def test_teachers_without_importance(changes, match, tmp_path, tiny):
+    cfg = tiny.config('seg', dense=True) if changes is None else vit_config(tiny, **changes)
+    init_default_scope('mmseg')
+    torch.save(MODELS.build(cfg).state_dict(), tmp_path / 'teacher.pth')
+    config = dict(model=cfg, default_scope='mmseg')
+    teacher = dict(config=config, checkpoint=str(tmp_path / 'teacher.pth'))
+    hook = DistillationHook(teacher, **ALONE, importance={})
+    with pytest.raises(ValueError, match=match):
+        make_runner(tiny, tmp_path, 'seg', hook, model=vit(tiny, sparsity=SAIT)).train()
 
 
 @pytest.mark.parametrize('logit_weight', [0, 0.5])
@@ -469,7 +589,7 @@ def test_a_random_teacher_is_warned_of(start, warnings_of):
         (dict(logit_weight=-1), 'logit_weight must be at least 0, got -1'),
         (dict(features=dict(neck=-2)), r"features\['neck'\] must be at least 0, got -2"),
         (dict(logit_weight=0, features=dict(neck=0.0)), r"above 0, got 0 and {'neck': 0.0}; leave"),
-        (dict(logit_weight=0, features={}), 'logit_weight or a weight in features must be above 0'),
+        (dict(logit_weight=0, features={}), 'logit_weight or a weight in .* must be above 0'),
         (dict(temperature=0), 'temperature must be above 0, got 0'),
         (dict(features=dict(neck='1')), r"features\['neck'\] must be at least 0, got '1'"),
         (dict(features=dict(neck=float('nan'))), r"features\['neck'\] must be at least 0, got nan"),
@@ -483,6 +603,11 @@ def test_a_random_teacher_is_warned_of(start, warnings_of):
         (dict(features=dict(neck={})), r"features\['neck'\] takes weight and .*, got {}"),
         (dict(features=dict(neck=dict(weight=1, kept=1))), r"\['neck'\] takes weight and .*'kept'"),
         (dict(features=dict(neck=dict(weight=-1))), r"features\['neck'\].weight must be .* got -1"),
+        (dict(importance=1.0), r'importance must be None or dict.* got 1.0'),
+        (dict(importance=dict(kind='mean')), r'importance must be .* got .*kind'),
+        (dict(importance=dict(weight=-1)), 'importance.weight must be at least 0, got -1'),
+        (dict(importance=dict(target='max')), r"one of \('mean', 'cls', 'entropy'\), got 'max'"),
+        (dict(**ALONE, importance=dict(weight=0)), 'in features or importance must be above 0'),
         (dict(features=dict(neck=dict(weight=1, kept_only=1))), 'must be True or False, got 1'),
         (dict(features=dict(neck=dict(weight=dict(weight=1)))), "at least 0, got {'weight': 1}"),
     ],

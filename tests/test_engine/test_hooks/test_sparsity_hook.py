@@ -139,6 +139,21 @@ def test_a_head_that_follows_does_not_weaken_the_loss(tmp_path):
         assert line['keep_rate_3'] == 0.5
 
 
+def test_predictors_with_nothing_to_learn_are_logged_alone(tmp_path, monkeypatch):
+    """No loss, and no warning, whatever they keep."""
+    monkeypatch.setattr(sparsity_hook, 'CHECK_INTERVAL', 2)
+    monkeypatch.setattr(sparsity_hook, 'warn', lambda text: 1 / 0)
+    selector = dict(type='value', most=0.1)
+    runner = run(
+        tmp_path, model=Model(predictor=dict(type='mmdynsparse.MagnitudeScore'), selector=selector)
+    )
+    train = [line for line in scalars(runner) if 'loss' in line]
+    for line in train:
+        assert line['loss'] == pytest.approx(line['loss_task'], rel=1e-4)
+        assert 'loss_keep_ratio' not in line
+        assert [line[f'keep_rate_{i}'] for i in range(3)] == [1 / 16] * 3
+
+
 def test_training_logs_losses_and_rates(tmp_path):
     runner = run(tmp_path)
     train = [line for line in scalars(runner) if 'loss' in line]

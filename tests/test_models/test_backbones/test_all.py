@@ -194,6 +194,50 @@ def test_every_parameter_gets_a_gradient(build, keep_ratio, with_cp):
         assert [name for name, grad in grads.items() if grad.abs().max() == 0] == []
 
 
+MAGNITUDE = dict(predictor=dict(type='mmdynsparse.MagnitudeScore'), keep_ratio=0.5)
+
+
+def test_scores_by_magnitude_have_nothing_to_learn(build):
+    """They take a dense checkpoint as it is, and select the same cells in training."""
+    model = build(sparsity=MAGNITUDE)
+    assert not any('predictors.' in name for name in model.state_dict())
+    outs, masks = run_both(model, torch.randn(3, 3, 97, 130))
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+    assert max_diff(*outs) <= 1e-5
+    counts = {int(d.mask.shape[1] * d.ratio) for d in model.decisions}
+    assert counts == {int(m[0].sum()) for m in masks[0]}
+
+
+def test_training_by_magnitude_gathers_where_it_can(build):
+    """With the loss and the gradients of masked execution, stochastic depth included."""
+    depth = {} if 'ResNet' in build.family else dict(drop_path_rate=0.4)
+    losses, grads = [], []
+    for execution in ('masked', *type(build()).executions[:-1]):
+        model = build(sparsity=MAGNITUDE, **depth).train()
+        model.execution = execution
+        torch.manual_seed(1)
+        loss = sum(out.square().mean() for out in model(torch.randn(4, 3, 96, 96)))
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append([p.grad for p in model.parameters()])
+        if hasattr(model, '_plan'):
+            stages = list(model.sparsity.locations)
+            forms = {model._plan(model.decisions[0], stage).form for stage in stages}
+            gathers = 'ResNet' not in build.family and execution != 'masked'
+            assert forms == {'gather' if gathers else 'masked'}
+    for loss, other in zip(losses[1:], grads[1:], strict=True):
+        torch.testing.assert_close(loss, losses[0], atol=1e-5, rtol=1e-5)
+        for a, b in zip(other, grads[0], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5 * b.abs().max().item() + 1e-7, rtol=1e-4)
+
+
+def test_every_parameter_gets_a_gradient_in_a_dense_step(build):
+    """As distributed training wants it; a fast path's is zero."""
+    model = build(sparsity=dict(MAGNITUDE, keep_ratio=1.0)).train()
+    sum(out.square().mean() for out in model(torch.randn(2, 3, 96, 96))).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
 def test_gradients_of_predictors_end_at_the_features(build):
     model = build().train()
     model(torch.randn(2, 3, 96, 96))

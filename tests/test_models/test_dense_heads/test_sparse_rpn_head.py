@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.structures import InstanceData
@@ -247,3 +248,14 @@ BAD = {
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         build(**{'sparsity': {}, **kwargs})
+
+
+@torch.no_grad()
+def test_cells_by_magnitude():
+    head = build(dict(keep_ratio=0.5, predictor=dict(type='mmdynsparse.MagnitudeScore')))
+    expected = head(maps())
+    close(run(head, maps(), 'masked'), expected)
+    decision = head.decider.decisions[0]
+    magnitude = maps()[1].abs().mean(1).square()
+    means = F.avg_pool2d(magnitude, 4).flatten(1)
+    assert torch.equal(decision.scores.argsort(1), means.argsort(1))

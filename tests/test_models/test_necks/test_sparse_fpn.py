@@ -182,3 +182,20 @@ def test_compiles_and_exports():
     with torch.no_grad():
         exported = torch.export.export(neck, (maps(seed=1),))
     close(exported.module()(maps()), expected)
+
+
+@pytest.mark.parametrize('selector', ['topk', dict(type='mass', least=0.2)])
+def test_cells_by_magnitude(selector):
+    """A dense checkpoint is sparse as it is; training selects the same cells."""
+    predictor = dict(type='mmdynsparse.MagnitudeScore')
+    neck = build(sparsity=dict(keep_ratio=0.4, predictor=predictor, selector=selector))
+    assert not any('predictor' in key for key in neck.state_dict())
+    gathered, kept = run(neck, maps()), neck.decider.decisions[0]
+    close(run(neck, maps(), 'masked'), gathered)
+    lateral = neck._laterals(maps())[0].abs().mean(1).square()
+    expected = torch.nn.functional.avg_pool2d(lateral, 4).flatten(1)
+    assert torch.equal(kept.scores.argsort(1), expected.argsort(1))
+    trained = neck.train()(maps())
+    assert torch.equal(trained.decisions[0].mask, kept.mask)
+    assert not trained.decisions[0].mask.requires_grad
+    close(trained, gathered)

@@ -1,0 +1,16 @@
+# One decision, by the attention that tokens receive: nothing new has weights, so a dense segmentor
+# is a checkpoint of this one, at any keep ratio (load_from). Its last layer says what matters.
+_base_ = '../sparse_vit/sparse-deit-s_upernet_8xb2-80k_ade20k-512x512.py'
+model = dict(
+    backbone=dict(
+        sparsity=dict(
+            keep_ratio=0.47,
+            locations={0: (3,)},
+            predictor=dict(type='mmdynsparse.AttentionScore', queries='mean'),
+        )
+    )
+)
+custom_hooks = [
+    dict(type='mmdynsparse.SparsityHook'),
+    dict(type='mmdynsparse.DistillationHook', importance=dict(weight=1.0, target='mean')),
+]
