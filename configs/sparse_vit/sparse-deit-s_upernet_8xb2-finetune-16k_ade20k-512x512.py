@@ -1,7 +1,7 @@
-# Fine-tuning of mmsegmentation's dense model by the recipe of DynamicViT (Rao et al., NeurIPS 2021)
-# in 16k iterations: predictors learn at the published rate, pretrained parameters, heads included,
-# at a hundredth of it and, in the first sixth of the training (5 of 30 epochs), not at all. Features
-# are distilled where the last decision keeps them.
+# Fine-tuning of mmsegmentation's dense model by the recipe of DynamicViT (NeurIPS 2021) in 16k
+# iterations: predictors learn at the published rate, pretrained parameters, heads included, at a
+# hundredth of it and, in the first sixth of the training (5 of 30 epochs), not at all. Features are
+# distilled where the last decision keeps them.
 _base_ = './sparse-deit-s_upernet_8xb2-80k_ade20k-512x512.py'
 model = dict(backbone=dict(init_cfg=None))
 optim_wrapper = dict(

@@ -117,7 +117,8 @@ def test_masked_is_gathered(size, selector, randomize):
     model = randomize(sparse(sparsity=dict(SPARSE, selector=selector))).eval()
     x, outs = torch.randn(3, 3, *size), []
     with torch.no_grad():
-        for model.execution in ('masked', 'gather'):
+        for execution in ('masked', 'gather'):
+            model.execution = execution
             outs.append(model(x)[0])
     assert 0 < model.decisions[0].mask.mean() < 1
     torch.testing.assert_close(*outs, atol=1e-5, rtol=0)
