@@ -1,6 +1,7 @@
 """The swap: stock configs train with the backbone's type changed, in a fresh process.
 
-So does our detector with a vision transformer, which mmdet ships no config for. The process imports nothing of mmdynsparse by itself, and one of mmseg and mmdet may be absent.
+So does our detector with a vision transformer, of which mmdet ships none. The process imports
+nothing of mmdynsparse by itself, and one of mmseg and mmdet may be absent.
 """
 
 import importlib.util
@@ -192,8 +193,8 @@ def test_stock_config_trains_with_the_type_changed(absent, files, imported, tmp_
     for file, result in zip(files, report['results'], strict=True):
         resnet = 'SparseResNetV1c' if 'upernet' in file else 'SparseResNet'
         families = dict(swin='SparseSwinTransformer', vit='SparseVisionTransformer', r50=resnet)
-        (backbone,) = [families[name] for name in families if f'_{name}' in file.replace('-', '_')]
-        assert result['backbone'] == backbone
+        (family,) = [name for name in families if name in Path(file).stem]
+        assert result['backbone'] == families[family]
         heads = ['SparseUPerHead'] if 'upernet' in file else ['SparseFPN', 'SparseRPNHead']
         assert result['heads'] == (heads[1:] if 'sfp' in file else heads)
         assert result['blocks'] == BLOCKS[file]
