@@ -112,7 +112,7 @@ def test_published_sparse_checkpoint(reference):
 
 
 @pytest.mark.parametrize('size', [(64, 64), (50, 97)])
-@pytest.mark.parametrize('selector', ['topk', 'threshold'])
+@pytest.mark.parametrize('selector', ['topk', 'mass'])
 def test_masked_is_gathered(size, selector, randomize):
     model = randomize(sparse(sparsity=dict(SPARSE, selector=selector))).eval()
     x, outs = torch.randn(3, 3, *size), []
