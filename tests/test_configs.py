@@ -234,9 +234,10 @@ def test_name_tells_the_setting(path):
     folder = {'deit': 'vit', 'r': 'resnet'}.get(family, family)
     assert path.parent.name in (f'sparse_{folder}', 'sparse_heads')
     backbone = cfg.model.backbone
-    if family == 'convnext':
-        # Dense and sparse, because the dense original needs mmpretrain.
-        assert backbone.type == 'mmdynsparse.SparseConvNeXt'
+    own = {'convnext': 'SparseConvNeXt', 'vit': 'SparseVisionTransformer'}
+    if family == 'convnext' or '_sfp_' in name:
+        # Dense and sparse, because the dense original needs mmpretrain, or mmseg in a detector.
+        assert backbone.type == f'mmdynsparse.{own[family]}'
     else:
         originals = dict(swin='SwinTransformer', vit='VisionTransformer', resnet='ResNet')
         original = originals[folder]
@@ -257,6 +258,8 @@ def test_name_tells_the_setting(path):
     if family in ('vit', 'deit'):
         neck = cfg.model.get('neck') or {}
         assert (neck.get('type') == 'MultiLevelNeck') == ('_mln_' in name)
+        pyramid = 'mmdynsparse.SimpleFeaturePyramid'
+        assert (neck.get('type') == pyramid) == ('_sfp_' in name) == ('mask-rcnn' in name)
     if 'upernet' in name or 'segmenter' in name:
         crop = tuple(int(side) for side in re.search(r'-(\d+)x(\d+)$', name).groups())
         steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}

@@ -1,6 +1,7 @@
 """The swap: stock configs train with the backbone's type changed, in a fresh process.
 
-The process imports nothing of mmdynsparse by itself, and one of mmseg and mmdet may be absent.
+So does our detector with a vision transformer, of which mmdet ships none. The process imports
+nothing of mmdynsparse by itself, and one of mmseg and mmdet may be absent.
 """
 
 import importlib.util
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-# Stock configs and the number of blocks in the third stage of their backbone.
+CONFIGS = Path(__file__).parents[1] / 'configs'
+# Configs and the number of blocks in the third stage of their backbone, in the only one of ViT.
 SWIN = 'mmseg/.mim/configs/swin/swin-{}-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
 UPERNET = {
     SWIN.format('tiny'): 6,
@@ -22,6 +24,7 @@ UPERNET = {
 MASK_RCNN = {
     'mmdet/.mim/configs/swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py': 6,
     'mmdet/.mim/configs/mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py': 6,
+    str(CONFIGS / 'sparse_vit' / 'mask-rcnn_sparse-vit-n_sfp_1xb2-2k_camvid.py'): 12,
 }
 BLOCKS = UPERNET | MASK_RCNN
 ONE_EACH = [next(iter(UPERNET)), next(iter(MASK_RCNN))]
@@ -95,10 +98,16 @@ def batches(make_sample):
 
 def train_one_iteration(file):
     cfg = Config.fromfile(file)
-    cfg.model.backbone.type = 'mmdynsparse.Sparse' + cfg.model.backbone.type
+    if not cfg.model.backbone.type.startswith('mmdynsparse.'):
+        cfg.model.backbone.type = 'mmdynsparse.Sparse' + cfg.model.backbone.type
     cfg.model.backbone.sparsity = dict(keep_ratio=0.7)
     cells = dict(keep_ratio=0.5, predictor=dict(type='mmdynsparse.CellPredictor'))
-    heads = dict(decode_head=cells) if 'decode_head' in cfg.model else dict(neck=cells, rpn_head={})
+    if 'decode_head' in cfg.model:
+        heads = dict(decode_head=cells)
+    elif cfg.model.neck.type == 'FPN':
+        heads = dict(neck=cells, rpn_head={})
+    else:
+        heads = dict(rpn_head=cells)
     for part, sparsity in heads.items():
         cfg.model[part].type = 'mmdynsparse.Sparse' + cfg.model[part].type
         cfg.model[part].sparsity = sparsity
@@ -131,7 +140,8 @@ def train_one_iteration(file):
         for name, parameter in runner.model.named_parameters()
         if re.search(r'predictors?[.].*weight$', name)
     ]
-    stage = runner.model.backbone.stages[2]
+    stages = getattr(runner.model.backbone, 'stages', None)
+    stage = stages[2] if stages else runner.model.backbone.layers
     return dict(
         backbone=type(runner.model.backbone).__name__,
         heads=[type(getattr(runner.model, part)).__name__ for part in heads],
@@ -182,9 +192,11 @@ def test_stock_config_trains_with_the_type_changed(absent, files, imported, tmp_
     assert report['imported'] == imported
     for file, result in zip(files, report['results'], strict=True):
         resnet = 'SparseResNetV1c' if 'upernet' in file else 'SparseResNet'
-        assert result['backbone'] == ('SparseSwinTransformer' if 'swin' in file else resnet)
+        families = dict(swin='SparseSwinTransformer', vit='SparseVisionTransformer', r50=resnet)
+        (family,) = [name for name in families if name in Path(file).stem]
+        assert result['backbone'] == families[family]
         heads = ['SparseUPerHead'] if 'upernet' in file else ['SparseFPN', 'SparseRPNHead']
-        assert result['heads'] == heads
+        assert result['heads'] == (heads[1:] if 'sfp' in file else heads)
         assert result['blocks'] == BLOCKS[file]
         assert result['decisions'] == 3
         losses = result['losses']

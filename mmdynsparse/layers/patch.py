@@ -1,10 +1,11 @@
-"""Patch embedding and patch merging with the parameters of OpenMMLab's Swin."""
+"""Patch embedding and patch merging with the parameters of OpenMMLab's Swin, and LV-ViT's stem."""
 
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .conv_norm import conv_norm
 from .linear import Linear
 
 
@@ -39,6 +40,47 @@ class PatchEmbed(BaseModule):
         """
         x = self.projection(_pad_to_multiple(x, self.patch_size))
         return self.norm(x.flatten(2).transpose(1, 2)), tuple(x.shape[2:])
+
+
+class ConvPatchEmbed(PatchEmbed):
+    """Patches of a map at half the image's size, which three convolutions make (LV-ViT).
+
+    Args:
+        in_channels: Channels of the image.
+        embed_dims: Channels C of a token.
+        patch_size: Side of a patch, in px of the image: an even number.
+        norm_cfg: Normalization after the projection, or None.
+        bias: Whether the projection has a bias. Defaults to True.
+
+    Raises:
+        ValueError: If ``patch_size`` is odd.
+    """
+
+    channels = 64  # of the map
+
+    def __init__(
+        self,
+        in_channels: int,
+        embed_dims: int,
+        patch_size: int,
+        norm_cfg: dict | None,
+        bias: bool = True,
+    ) -> None:
+        if patch_size % 2:
+            raise ValueError(f'patch_size must be an even number, got {patch_size}')
+        super().__init__(self.channels, embed_dims, patch_size // 2, norm_cfg, bias)
+        self.conv1 = nn.Conv2d(in_channels, self.channels, 7, stride=2, padding=3, bias=False)
+        self.conv2 = nn.Conv2d(self.channels, self.channels, 3, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(self.channels, self.channels, 3, padding=1, bias=False)
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(self.channels) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Map images (B, in_channels, H, W) to tokens, as ``PatchEmbed`` does."""
+        x = _pad_to_multiple(x, 2 * self.patch_size)
+        x = F.relu(conv_norm(x, self.conv1, self.bn1))
+        x = F.relu(conv_norm(x, self.conv2, self.bn2))
+        x = F.relu(conv_norm(x, self.conv3, self.bn3))
+        return super().forward(x)
 
 
 class PatchMerging(BaseModule):

@@ -13,7 +13,7 @@ from ..registry import MODELS
 HOSTS = (
     ('decode_heads', 'mmseg', 'seg', ('SparseUPerHead',)),
     ('dense_heads', 'mmdet', 'det', ('SparseRPNHead',)),
-    ('necks', 'mmdet', 'det', ('SparseFPN',)),
+    ('necks', 'mmdet', 'det', ('SimpleFeaturePyramid', 'SparseFPN')),
 )
 
 for package, library, extra, parts in HOSTS:

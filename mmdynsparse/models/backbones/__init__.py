@@ -1,6 +1,7 @@
 """Sparse backbones, one family a file."""
 
 from .convnext import SparseConvNeXt
+from .lvvit import SparseLVViT
 from .resnet import SparseResNet, SparseResNetV1c, SparseResNetV1d
 from .sparse_backbone import SparseBackbone
 from .swin import SparseSwinTransformer
@@ -9,6 +10,7 @@ from .vit import SparseVisionTransformer
 __all__ = [
     'SparseBackbone',
     'SparseConvNeXt',
+    'SparseLVViT',
     'SparseResNet',
     'SparseResNetV1c',
     'SparseResNetV1d',

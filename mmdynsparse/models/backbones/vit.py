@@ -9,6 +9,7 @@ Instance Segmentation* (SViT, arXiv 2306.07050) for reactivation; Li et al., *Sa
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -136,6 +137,9 @@ class SparseVisionTransformer(SparseBackbone):
     source = 'mmseg'
     executions = ('gather', 'masked')
     options = ()
+    # Modules in whose place a subclass has others.
+    patch_embed_type: ClassVar[type[PatchEmbed]] = PatchEmbed
+    layer_type: ClassVar[type[TransformerEncoderLayer]] = TransformerEncoderLayer
 
     def __init__(
         self,
@@ -190,7 +194,7 @@ class SparseVisionTransformer(SparseBackbone):
         args = (embed_dims, num_heads, mlp_ratio * embed_dims, norm_cfg, qkv_bias, drop_rate)
         act_cfg = act_cfg or dict(type='GELU')
         self.layers = ModuleList(
-            TransformerEncoderLayer(*args, attn_drop_rate, rate, act_cfg, num_fcs, with_cp)
+            self.layer_type(*args, attn_drop_rate, rate, act_cfg, num_fcs, with_cp)
             for rate in torch.linspace(0, drop_path_rate, num_layers).tolist()
         )
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1] if final_norm else None
@@ -201,7 +205,7 @@ class SparseVisionTransformer(SparseBackbone):
         self, patch: tuple[int, int, int], norm_cfg: dict | None, bias: bool, drop_rate: float
     ) -> None:
         embed_dims, num_patches = patch[1], self.pos_hw[0] * self.pos_hw[1]
-        self.patch_embed = PatchEmbed(*patch, norm_cfg, bias=bias)
+        self.patch_embed = self.patch_embed_type(*patch, norm_cfg, bias=bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dims))
         self.drop_after_pos = nn.Dropout(drop_rate)

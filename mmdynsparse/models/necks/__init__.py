@@ -1,5 +1,6 @@
-"""Sparse necks of mmdetection, which has to be installed."""
+"""Necks of detectors, for which mmdetection has to be installed."""
 
+from .simple_feature_pyramid import SimpleFeaturePyramid
 from .sparse_fpn import SparseFPN
 
-__all__ = ['SparseFPN']
+__all__ = ['SimpleFeaturePyramid', 'SparseFPN']

@@ -13,9 +13,9 @@ def convert_checkpoint(state_dict: Mapping, source: str) -> StateDict:
         state_dict: Tensors by name, or a checkpoint that holds them under 'state_dict' or
             'model'; of a whole OpenMMLab model only the backbone is taken.
         source: Where it comes from: 'mmseg', 'mmdet', 'mmpretrain' (ConvNeXt, ResNet), 'swin'
-            and 'convnext' (the original repositories), 'torchvision' (ResNet), 'timm', or
-            'dynamicvit' (the published DynamicSwin, DynamicCNN and DynamicViT). The family is
-            known from the names.
+            and 'convnext' (the original repositories), 'lvvit' (TokenLabeling), 'torchvision'
+            (ResNet), 'timm', or 'dynamicvit' (the published DynamicSwin, DynamicCNN and
+            DynamicViT, of LV-ViT too). The family is known from the names.
 
     Returns:
         The backbone's state dict. Classification layouts have a norm after the last stage only;

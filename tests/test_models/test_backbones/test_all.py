@@ -30,6 +30,7 @@ BACKBONES = {
     'SparseSwinTransformer': SWIN,
     'SparseConvNeXt': CONVNEXT,
     'SparseVisionTransformer': VIT,
+    'SparseLVViT': VIT,
     'SparseResNet': dict(RESNET, base_channels=16, stem_channels=16, depth=18, sparsity=LOW_RANK),
     'SparseResNetV1c': dict(RESNET, depth=50),
     'SparseResNetV1d': dict(RESNET, depth=50, style='caffe', dilations=(1, 1, 2, 4)),
@@ -37,7 +38,9 @@ BACKBONES = {
 # What keeps everything from learning, and the parameters that learn all the same.
 FROZEN = dict.fromkeys(BACKBONES, (dict(frozen_stages=4), r'norm\d\.'))
 FROZEN['SparseSwinTransformer'] = (dict(frozen_stages=4), 'nothing')
-FROZEN['SparseVisionTransformer'] = (dict(frozen_exclude=('predictors',)), r'predictors\.')
+# Families whose dropped tokens leave the sequence.
+VITS = ('SparseVisionTransformer', 'SparseLVViT')
+FROZEN |= dict.fromkeys(VITS, (dict(frozen_exclude=('predictors',)), r'predictors\.'))
 SIZES = [(1, (64, 999)), (2, (257, 383)), (3, (32, 40))]
 
 
@@ -91,7 +94,8 @@ def dense_original(name):
     return dense, dense, 'mmseg'
 
 
-@pytest.mark.parametrize('name', BACKBONES)
+# No library has LV-ViT.
+@pytest.mark.parametrize('name', [name for name in BACKBONES if name != 'SparseLVViT'])
 def test_keep_all_is_the_dense_original(name, randomize):
     dense, features, source = dense_original(name)
     randomize(dense, std=0.1).eval()
@@ -149,7 +153,7 @@ def test_masked_equals_gathered_for_any_decision(build, shares, monkeypatch):
 def test_stages_may_share_a_decision(build, cell_size):
     block = 1 if 'ResNet' in build.family else 0
     options = dict(locations={i: (block,) for i in (1, 2, 3)}, follow=(2, 3), keep_ratio=0.5)
-    if build.family == 'SparseVisionTransformer':
+    if build.family in VITS:
         with pytest.raises(ValueError, match=r'cell_size must be None .* got'):
             build(sparsity=dict(cell_size=(4,)))
         return
@@ -320,7 +324,7 @@ def test_sparsity_is_a_dict(build, sparsity):
 
 def test_parts_start_as_they_say(build):
     """A light branch starts at zero, whatever a family does with its linear layers."""
-    if build.family == 'SparseVisionTransformer':
+    if build.family in VITS:
         return  # it has no paths
     model = build(sparsity=dict(fast_path=dict(type='mmdynsparse.LowRankFastPath', reduction=4)))
     model.init_weights()
@@ -346,7 +350,7 @@ def test_bfloat16(build):
 def test_masked_equals_gathered_under_autocast(build):
     """Parameters are float32 then; random decisions do not depend on rounding."""
     for fast_path in ({}, dict(fast_path=dict(type='mmdynsparse.LinearFastPath', layer_scale=0.5))):
-        if fast_path and build.family == 'SparseVisionTransformer':
+        if fast_path and build.family in VITS:
             continue  # it has no fast path
         model = build(sparsity=dict(selector='random', keep_ratio=0.5, **fast_path))
         with torch.autocast('cpu', dtype=torch.bfloat16):

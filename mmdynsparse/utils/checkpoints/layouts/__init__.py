@@ -28,7 +28,7 @@ LAYOUTS = (
     Layout((*OPENMMLAB, 'torchvision'), 'layer1.0.conv1.weight', resnet.from_openmmlab),
     Layout(('timm',), 'layer1.0.conv1.weight', resnet.from_timm),
     Layout(('mmseg',), 'layers.0.attn.attn.in_proj_weight', vit.from_openmmlab),
-    Layout(('timm', 'dynamicvit'), 'blocks.0.attn.qkv.weight', vit.from_timm),
+    Layout(('timm', 'lvvit', 'dynamicvit'), 'blocks.0.attn.qkv.weight', vit.from_timm),
 )
 SOURCES = tuple(sorted({source for layout in LAYOUTS for source in layout.sources}))
 

@@ -1,14 +1,14 @@
 """Names of vision transformers in other code bases.
 
-timm's are those of DeiT and of the published DynamicViT (raoyongming/DynamicViT), which adds its
-predictors.
+timm's are those of DeiT, of LV-ViT (zihangJiang/TokenLabeling), whose stem has our names, and of
+the published DynamicViT of both (raoyongming/DynamicViT), which adds its predictors.
 """
 
 import re
 
 from .common import StateDict, predictor_renames, rename_all
 
-DROPPED = re.compile(r'^(head|head_dist|fc_norm)\.|^dist_token$')
+DROPPED = re.compile(r'^(head|head_dist|aux_head|fc_norm)\.|^dist_token$')
 TIMM = (
     (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
     (r'^blocks\.', 'layers.'),
@@ -24,7 +24,7 @@ TIMM = (
 
 
 def from_timm(tensors: StateDict) -> StateDict:
-    """Convert timm's names and those of the published DynamicViT."""
+    """Convert timm's names, LV-ViT's and those of the published DynamicViT."""
     return rename_all(tensors, DROPPED, TIMM)
 
 
