@@ -1,5 +1,5 @@
-# Dense control, trained from scratch on a CPU: ViT-S of half the width in place of the Swin-N. No
-# other library has this backbone under mmdetection's scope.
+# Dense control, trained from scratch on a CPU: ViT-S of half the width in place of the Swin-N.
+# mmdetection has no vision transformer; ours is dense without sparsity.
 _base_ = '../sparse_swin/mask-rcnn_swin-n_fpn_1xb2-2k_camvid.py'
 model = dict(
     backbone=dict(

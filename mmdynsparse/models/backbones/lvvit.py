@@ -2,7 +2,7 @@
 
 Sources: Jiang et al., *All Tokens Matter* (arXiv 2104.10858), as ``LV_ViT`` of
 zihangJiang/TokenLabeling; Rao et al., *DynamicViT* (NeurIPS 2021), for its sparse form. It is a
-vision transformer with another stem and shorter residual branches, and has the arguments and
+vision transformer with another stem and halved residual branches, and has the arguments and
 state-dict names of :class:`SparseVisionTransformer`; the stem's are the published ones.
 """
 

@@ -132,7 +132,7 @@ M = dict(embed_dims=512, num_layers=20, num_heads=8)
     'kwargs, keep_ratio, published', [({}, 0.7, 4.6), ({}, 0.5, 3.7), (M, 0.7, 8.5)]
 )
 def test_multiply_adds_are_the_published_ones(kwargs, keep_ratio, published):
-    """GMACs at 224 x 224 with a 1000-class head; the published ones are cut off, not rounded."""
+    """GMACs at 224 x 224 with a 1000-class head, cut off after one digit as published ones are."""
     model = SparseLVViT(**kwargs, sparsity=dict(keep_ratio=keep_ratio)).eval()
     places = {16: (4, 8, 12), 20: (5, 10, 15)}
     assert model.stage_locations(0) == places[len(model.layers)]
