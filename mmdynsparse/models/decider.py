@@ -187,8 +187,9 @@ class Decider(nn.Module):
             among_BN: 1 for the cells that the decision before kept, 0 for others; no others are
                 kept. Defaults to None, all.
         """
+        sample = sample and self.learns
         ratio, selector = self.keep_ratios[index], self.sparsity.selector
-        if sample and self.learns:
+        if sample:
             self._warn_without_loss(ratio, exact)
             return sample_decision(log_probs_BN2, hw, ratio, selector, cell_size, exact, among_BN)
         if ratio >= 1:
@@ -298,10 +299,6 @@ def build_part(cfg: dict, embed_dims: int) -> nn.Module:
     return MODELS.build({**cfg, 'embed_dims': embed_dims})
 
 
-def _part_type(cfg: Mapping) -> type | None:
-    return MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
-
-
 def _last_fine(decisions: Sequence[Decision], grid: tuple[int, int]) -> Decision:
     """Return the last decision that is at least as fine as a grid, or else the finest."""
     best = decisions[0]
@@ -330,3 +327,7 @@ def _cell_scores(decision: Decision, hw: tuple[int, int], cell_size: int) -> Ten
     scores = resize_scores(decision.scores, (rows, columns), new_hw, size)
     rows, columns = cell_grid(hw, cell_size)
     return scores.unflatten(1, cell_grid(new_hw, size))[:, :rows, :columns].flatten(1, 2)
+
+
+def _part_type(cfg: Mapping) -> type | None:
+    return MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
