@@ -211,8 +211,9 @@ class Decider(nn.Module):
             among_BN: 1 for the cells that the decision before kept, 0 for others; no others are
                 kept. Defaults to None, all.
         """
+        sample = sample and self.learns
         ratio, selector = self.keep_ratios[index], self.sparsity.selector
-        if sample and self.learns:
+        if sample:
             if self.serves_all:
                 log_probs_BN2, exact = _centred(log_probs_BN2), True
             self._warn_without_loss(ratio, exact)
@@ -374,3 +375,7 @@ def _cell_scores(decision: Decision, hw: tuple[int, int], cell_size: int) -> Ten
     scores = resize_scores(decision.scores, (rows, columns), new_hw, size)
     rows, columns = cell_grid(hw, cell_size)
     return scores.unflatten(1, cell_grid(new_hw, size))[:, :rows, :columns].flatten(1, 2)
+
+
+def _part_type(cfg: Mapping) -> type | None:
+    return MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
