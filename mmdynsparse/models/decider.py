@@ -343,10 +343,6 @@ def _centred(log_probs_BN2: Tensor) -> Tensor:
     return F.logsigmoid(torch.stack((odds_BN, -odds_BN), -1))
 
 
-def _part_type(cfg: Mapping) -> type | None:
-    return MODELS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
-
-
 def _last_fine(decisions: Sequence[Decision], grid: tuple[int, int]) -> Decision:
     """Return the last decision that is at least as fine as a grid, or else the finest."""
     best = decisions[0]
