@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmengine.hooks import Hook
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import BaseModel, MMDistributedDataParallel
 
 from mmdynsparse.engine import DenseSparseSchedule
+from mmdynsparse.models import SparseSwinTransformer, SparseVisionTransformer
 from mmdynsparse.models.decider import deciders, keep_everything
 
 
@@ -146,8 +147,6 @@ def test_bad_parts_and_ratios_before_the_first_iteration(training):
 
 
 def test_nearest_ratios_respect_followers():
-    from mmdynsparse.models import SparseSwinTransformer
-
     model = SparseSwinTransformer(
         embed_dims=8,
         depths=(1, 1, 2, 1),
@@ -158,3 +157,41 @@ def test_nearest_ratios_respect_followers():
     assert decider.nearest([0.3, 0.9, 0.5]) == [0.3, 0.3, 0.5]
     decider.falling = True
     assert decider.nearest([0.3, 0.9, 0.5]) == [0.9, 0.9, 0.3]
+
+
+class TokenModel(BaseModel):
+    """The smallest model with a backbone that prunes tokens by their attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = SparseVisionTransformer(
+            img_size=64,
+            embed_dims=16,
+            num_layers=4,
+            num_heads=2,
+            out_indices=(3,),
+            sparsity=dict(
+                keep_ratio=0.5,
+                locations={0: (2,)},
+                predictor=dict(type='mmdynsparse.AttentionScore'),
+            ),
+        )
+
+    def forward(self, inputs, mode='tensor'):
+        error = self.backbone(inputs)[-1].mean((1, 2, 3)) - inputs.mean((1, 2, 3))
+        return dict(loss_task=error.square().mean()) if mode == 'loss' else error
+
+
+def test_importance_is_distilled_in_both_kinds_of_updates(training):
+    """Without a predictor that learns, too: nothing is sampled, and no ratio loss is missed."""
+    distillation = dict(
+        type='mmdynsparse.DistillationHook',
+        logit_weight=0.0,
+        features=dict(),
+        importance=dict(weight=1.0),
+    )
+    watch = Watch()
+    run = training(schedule(), distillation, watch, model=TokenModel())
+    assert all(line['loss_distill_importance'] > 0 for line in run.log)
+    assert watch.rates == [[[1.0, 1.0]], [[0.5, 0.5]]] * 2
+    assert all('loss_keep_ratio' not in line for line in run.log)
