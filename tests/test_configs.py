@@ -247,8 +247,10 @@ def test_name_tells_the_setting(path):
     assert ('sparsity' in backbone) == bool(sparse)
     hooks = {hook.type.removeprefix('mmdynsparse.'): hook for hook in cfg.get('custom_hooks', [])}
     finetune = ('DistillationHook', 'FreezePretrained') if '-finetune-' in name else ()
-    assert set(hooks) == {*finetune, *(('SparsityHook',) if sparse else ())}
-    assert not sparse or hooks['SparsityHook'].weight == _ratio_weight(family, size)
+    joint = ('DenseSparseSchedule', 'DistillationHook') if '_sait_' in name else ()
+    assert set(hooks) == {*finetune, *joint, *(('SparsityHook',) if sparse else ())}
+    if sparse and not joint:
+        assert hooks['SparsityHook'].weight == _ratio_weight(family, size)
     assert _width_and_depth(backbone) == SIZES[family][size]
     assert ('amp-' in name) == (cfg.optim_wrapper.type == 'AmpOptimWrapper')
     assert re.search('ade20k|cityscapes|coco|camvid', name)[0][:3] in (

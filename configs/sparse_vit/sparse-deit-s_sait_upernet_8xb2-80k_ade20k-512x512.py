@@ -1,6 +1,7 @@
 # One decision, by the attention that tokens receive: nothing new has weights, so a dense segmentor
-# is a checkpoint of this one, at any keep ratio (load_from). Its last layer says what matters.
-_base_ = '../sparse_vit/sparse-deit-s_upernet_8xb2-80k_ade20k-512x512.py'
+# is a checkpoint of this one, at any keep ratio (load_from). Its last layer says what matters, and
+# dense and sparse updates take turns.
+_base_ = './sparse-deit-s_upernet_8xb2-80k_ade20k-512x512.py'
 model = dict(
     backbone=dict(
         sparsity=dict(
@@ -12,5 +13,9 @@ model = dict(
 )
 custom_hooks = [
     dict(type='mmdynsparse.SparsityHook'),
+    dict(type='mmdynsparse.DenseSparseSchedule', keep_ratio=(0.3, 0.9)),
     dict(type='mmdynsparse.DistillationHook', importance=dict(weight=1.0, target='mean')),
 ]
+val_cfg = dict(
+    _delete_=True, type='mmdynsparse.MultiBudgetValLoop', keep_ratios=[1.0, 0.7, 0.47, 0.3]
+)
