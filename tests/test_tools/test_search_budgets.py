@@ -101,7 +101,6 @@ def test_metric(run: Callable, write_config: Callable) -> None:
 
 def test_a_stopped_run_goes_on(
     run: Callable,
-    fails: Callable,
     write_config: Callable,
     data_root: Path,
     tmp_path: Path,
@@ -113,21 +112,22 @@ def test_a_stopped_run_goes_on(
 
     def evaluate(divergence: library.Divergence) -> float:
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == fails_at:
             raise KeyboardInterrupt
         return original(divergence)
 
-    original = library.Divergence.__call__
+    original, fails_at = library.Divergence.__call__, 5
     monkeypatch.setattr(library.Divergence, '__call__', evaluate)
     with pytest.raises(KeyboardInterrupt):
         run(*args)
     assert [path.name for path in tmp_path.iterdir()] == ['budgets.json.partial']
     assert macs_for_ms == [2, 10]  # the cheapest, then the table
-    run(*args)
+    resumed = run(*args)[0]['budgets']
     assert set(macs_for_ms[2:]) == {2}
-    first, calls[:] = len(calls), []
-    run(*args)
-    assert len(calls) == first - 1  # nothing but the one that failed was done twice
+    in_two_runs, fails_at = len(calls), None
+    calls.clear()
+    assert run(*args)[0]['budgets'] == resumed
+    assert len(calls) == in_two_runs - 1  # nothing but the one that failed was done twice
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_budgets_that_no_model_has(
     assert "--metric must be one of ('aAcc', 'mIoU', 'mAcc'), got 'AP'" in line
 
 
-def test_weights_of_the_checkpoint_are_used(
+def test_everything_is_kept_if_it_costs_no_more(
     run: Callable, write_config: Callable, data_root: Path, tmp_path: Path
 ) -> None:
     config = write_config('seg')
@@ -195,5 +195,5 @@ def test_weights_of_the_checkpoint_are_used(
     images = data_root / 'images/val'
     result, _ = run(config, tmp_path / 'weights.pth', '--images', images, '--gmacs', 1)
     row = result['budgets']['gmacs-1']
-    assert row['keep_ratios'] == dict(backbone=[1.0]) and row['gmacs'] == pytest.approx(1)
+    assert row['keep_ratios'] == dict(backbone=[1.0]) and row['gmacs'] <= 1
     assert row['divergence'] == pytest.approx(0, abs=1e-6)
