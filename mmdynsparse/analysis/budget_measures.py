@@ -140,26 +140,26 @@ class Notes:
     """Results of measurements in a file, from which a run that was stopped goes on.
 
     Args:
-        path: The file. What it holds of another setting is forgotten.
-        setting: All that results depend on, in types of JSON.
+        path: The file. What it holds under another key is forgotten.
+        key: Names all that results depend on.
     """
 
-    def __init__(self, path: Path, setting: Mapping) -> None:
-        self.path, self.setting = path, dict(setting)
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
         self.results: dict[str, object] = {}
         self.advance: Callable[[], object] = int  # is called after each result
         if path.exists():
             notes = json.loads(path.read_text())
-            if notes['setting'] == self.setting:
+            if notes['key'] == key:
                 self.results = notes['results']
 
-    def get(self, key: str, measure: Callable[[], object]) -> object:
+    def get(self, name: str, measure: Callable[[], object]) -> object:
         """Return the result of this name, which is measured if it is not there."""
-        if key not in self.results:
-            self.results[key] = measure()
-            replace_json(dict(setting=self.setting, results=self.results), self.path)
+        if name not in self.results:
+            self.results[name] = measure()
+            replace_json(dict(key=self.key, results=self.results), self.path)
         self.advance()
-        return self.results[key]
+        return self.results[name]
 
 
 class Measures:
@@ -215,18 +215,17 @@ class Measures:
         dense, *costs = self.costs(kind, vectors, rounds)
         return [cost / dense for cost in costs]
 
-    def table(self, kind: str, cheapest: float) -> Table:
+    def table(self, kind: str, cheapest: float, whole: float) -> Table:
         """Measure the table of one cost.
 
         Args:
             kind: As of ``costs``.
             cheapest: Share of the least ratios. The table is scaled so that it adds up to it.
+            whole: Share of everything kept.
         """
         grids = [[probe(self.groups, i, r) for r in GRID] for i in range(len(self.groups))]
         costs = np.array([self.shares(kind, grid) for grid in grids])
         losses = np.array([[self.loss(ratios) for ratios in grid] for grid in grids])
-        # A group that follows the backbone is not measured beside everything kept.
-        whole = float(np.median(costs[[not group.follows for group in self.groups], -1]))
         added = monotone(differences(self.groups, costs))
         saved = -added[:, 0].sum()
         if saved > 0 and cheapest < whole:
@@ -293,14 +292,14 @@ def search_budgets(
     Raises:
         ValueError: If a share is below that of the least ratios.
     """
-    groups, cheapest = measures.groups, {}
+    groups, ends = measures.groups, {}
+    every = np.ones(len(groups))
     for kind, shares in asked.items():
-        least = np.full(len(groups), GRID[0])
-        (cheapest[kind],) = measures.shares(kind, [least], FINAL_ROUNDS)
-        if min(shares) < cheapest[kind]:
+        ends[kind] = measures.shares(kind, [GRID[0] * every, every], FINAL_ROUNDS)
+        if min(shares) < min(ends[kind]):
             raise ValueError(
-                f'--{kind} must be at least {cheapest[kind]:.3f}, that of the cheapest model, '
-                f'which keeps {GRID[0]} everywhere, got {min(shares):g}'
+                f'--{kind} must be at least {min(ends[kind]):.3f}, the share of the cheapest '
+                f'model (all keep ratios at {GRID[0]}, or at 1), got {min(shares):g}'
             )
     total = len(asked) * len(groups) + len(groups) * len(GRID)
     total += sum(map(len, asked.values())) * (evaluations + 4)
@@ -309,12 +308,12 @@ def search_budgets(
         task = progress.add_task('measuring', total=total)
         measures.notes.advance = partial(progress.advance, task)
         for kind, shares in asked.items():
-            table = measures.table(kind, cheapest[kind])
+            table = measures.table(kind, *ends[kind])
             for share in shares:
                 name = f'{share:g}' if kind == 'latency' else f'{kind}-{share:g}'
                 budgets[name] = _budget(measures, kind, table, share, evaluations, seed)
         progress.update(task, completed=total)
-    costs = [measures.costs(kind, [np.ones(len(groups))], FINAL_ROUNDS)[0] for kind in COSTS]
+    costs = [measures.costs(kind, [every], FINAL_ROUNDS)[0] for kind in COSTS]
     return dict(dense=dict(zip(('ms', 'gmacs'), costs, strict=True)), budgets=budgets)
 
 

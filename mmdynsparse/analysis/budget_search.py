@@ -207,8 +207,9 @@ def evolve(
 ) -> np.ndarray:
     """Find the ratios (D,) with the least loss among those of one cost.
 
-    It starts from equal ratios and from ``Table.cheap``. New vectors take each group's ratio from
-    one of two good ones, change it a little, and are brought to the cost by ``Table.fit``.
+    Where that is enough to keep everything, everything is kept. Otherwise the search starts from
+    equal ratios and from ``Table.cheap``. New vectors take each group's ratio from one of two good
+    ones, change it a little, and are brought to the cost by ``Table.fit``.
 
     Args:
         table: Costs, and the losses from which the search starts.
@@ -217,6 +218,9 @@ def evolve(
         evaluations: Number of vectors to evaluate, at least 1.
         seed: Of the random numbers. Defaults to 0.
     """
+    uniform = table.uniform(target)
+    if all(uniform == 1):
+        return uniform
     rng = np.random.default_rng(seed)
     losses: dict[tuple[float, ...], float] = {}
 
@@ -226,7 +230,7 @@ def evolve(
                 losses[tuple(ratios)] = evaluate(ratios)
 
     cheap = (table.fit(table.cheap(factor * target), target) for factor in (1, 0.95, 1.05))
-    add((table.uniform(target), *cheap))
+    add((uniform, *cheap))
     for _ in range(10 * evaluations):  # few groups have few different vectors
         if len(losses) == evaluations:
             break

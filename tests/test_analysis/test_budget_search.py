@@ -154,16 +154,16 @@ def test_search_of_one_group_ends():
     assert evolve(table, 1.0, lambda ratios: 1 - ratios[0], 50).tolist() == [1]
 
 
-def test_notes_are_resumed_for_the_same_setting(tmp_path):
+def test_notes_are_resumed_under_the_same_key(tmp_path):
     path, counts = tmp_path / 'notes', []
 
     def measure(value):
         return lambda: counts.append(value) or value
 
     for _ in range(2):
-        notes = Notes(path, dict(rounds=1))
+        notes = Notes(path, 'one round')
         assert notes.get('a', measure(0.5)) == 0.5
         assert notes.get('b', measure([1.0, 2.0])) == [1.0, 2.0]
     assert counts == [0.5, [1.0, 2.0]]
     assert json.loads(path.read_text())['results'] == {'a': 0.5, 'b': [1.0, 2.0]}
-    assert Notes(path, dict(rounds=2)).get('a', measure(0.7)) == 0.7
+    assert Notes(path, 'two rounds').get('a', measure(0.7)) == 0.7

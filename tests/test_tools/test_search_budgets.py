@@ -121,7 +121,7 @@ def test_a_stopped_run_goes_on(
     with pytest.raises(KeyboardInterrupt):
         run(*args)
     assert [path.name for path in tmp_path.iterdir()] == ['budgets.json.partial']
-    assert macs_for_ms == [2, 10]  # the cheapest, then the table
+    assert macs_for_ms == [3, 10]  # both ends, then the table
     resumed = run(*args)[0]['budgets']
     assert set(macs_for_ms[2:]) == {2}
     in_two_runs, fails_at = len(calls), None

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config
+from torch import nn
 
 from mmdynsparse.analysis.budget_measures import (
     COSTS,
@@ -114,14 +115,15 @@ def describe(args: argparse.Namespace, originals: Sequence[str], batches: Sequen
     )
 
 
-def note_key(setting: Mapping, args: argparse.Namespace, cfg: Config) -> dict:
-    """Returns what measurements depend on: a setting without what may change in between."""
-    files = find_images(args.images) if args.images else []
-    weights = sha256(Path(args.checkpoint).read_bytes()).hexdigest() if args.checkpoint else ''
-    config = sha256(repr(cfg.to_dict()).encode()).hexdigest()
+def note_key(setting: Mapping, cfg: Config, model: nn.Module, batches: Sequence[dict]) -> str:
+    """Returns what names all that measurements depend on: setting, config, weights and images."""
     free = ('command', 'date', 'evaluations', 'input')
     kept = {key: value for key, value in setting.items() if key not in free}
-    return dict(**kept, files=files, config=config, checkpoint=weights)
+    digest = sha256(repr((kept, cfg.to_dict())).encode())
+    images = [image for data in batches for image in data['inputs']]
+    for tensor in (*model.state_dict().values(), *images):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def report(budgets: Mapping[str, dict], loss: str) -> None:
@@ -182,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             loss = MetricLoss(pair.sparse, batches, cfg, args.metric)
         else:
             loss = Divergence(pair.sparse, batches)
-        notes = Notes(out.with_name(f'{out.name}.partial'), note_key(setting, args, cfg))
+        key = note_key(setting, cfg, pair.sparse, batches)
+        notes = Notes(out.with_name(f'{out.name}.partial'), key)
         measures = Measures(pair, batches, loss, notes, args.rounds)
         asked = {kind: tuple(dict.fromkeys(getattr(args, kind))) for kind in COSTS}
         asked = {kind: shares for kind, shares in asked.items() if shares}
