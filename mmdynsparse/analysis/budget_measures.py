@@ -293,15 +293,15 @@ def search_budgets(
         ValueError: If a share is below that of the least ratios.
     """
     groups, ends = measures.groups, {}
-    every = np.ones(len(groups))
+    least_and_all = [np.full(len(groups), GRID[0]), np.ones(len(groups))]
     for kind, shares in asked.items():
-        ends[kind] = measures.shares(kind, [GRID[0] * every, every], FINAL_ROUNDS)
+        ends[kind] = measures.shares(kind, least_and_all, FINAL_ROUNDS)
         if min(shares) < min(ends[kind]):
             raise ValueError(
                 f'--{kind} must be at least {min(ends[kind]):.3f}, the share of the cheapest '
                 f'model (all keep ratios at {GRID[0]}, or at 1), got {min(shares):g}'
             )
-    total = len(asked) * len(groups) + len(groups) * len(GRID)
+    total = (1 + len(asked)) * len(groups) * len(GRID)
     total += sum(map(len, asked.values())) * (evaluations + 4)
     budgets = {}
     with Progress() as progress:
@@ -313,7 +313,7 @@ def search_budgets(
                 name = f'{share:g}' if kind == 'latency' else f'{kind}-{share:g}'
                 budgets[name] = _budget(measures, kind, table, share, evaluations, seed)
         progress.update(task, completed=total)
-    costs = [measures.costs(kind, [every], FINAL_ROUNDS)[0] for kind in COSTS]
+    costs = [measures.costs(kind, least_and_all, FINAL_ROUNDS)[0] for kind in COSTS]
     return dict(dense=dict(zip(('ms', 'gmacs'), costs, strict=True)), budgets=budgets)
 
 

@@ -57,7 +57,9 @@ def test_groups_of_a_model():
     ratios = by_part(groups, (1.0, 0.7, 0.5, 0.3))
     assert ratios == {'backbone': [1.0, 0.7, 0.7, 0.5], 'neck': [0.3]}
     backbone.resolve(ratios['backbone'])
-    assert find_groups(model_of(backbone=Decider(vit, falling=True))) == VIT[:2]
+    decider = Decider(vit, falling=True)
+    assert find_groups(model_of(backbone=decider)) == VIT[:2]
+    decider.set_keep_ratio(by_part(VIT[:2], repair(VIT[:2], [0.5, 0.8]))['backbone'])
     assert find_groups(model_of(backbone=Decider(None))) == []
 
 

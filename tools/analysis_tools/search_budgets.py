@@ -126,6 +126,11 @@ def note_key(setting: Mapping, cfg: Config, model: nn.Module, batches: Sequence[
     return digest.hexdigest()
 
 
+def kind_of(budget: str) -> str:
+    """Returns the cost that a budget's name is about."""
+    return 'gmacs' if budget.startswith('gmacs-') else 'latency'
+
+
 def report(budgets: Mapping[str, dict], loss: str) -> None:
     """Prints what was found."""
     header = ('budget', 'keep ratios', *COSTS, loss, 'equal ratios', *COSTS, loss)
@@ -138,13 +143,16 @@ def report(budgets: Mapping[str, dict], loss: str) -> None:
         cells.insert(5, f'{row["uniform"]["keep_ratio"]:g}')
         rows.append(cells)
     print_table('budgets, costs as shares of the dense original', header, rows)
+    for name, row in budgets.items():
+        if row[kind_of(name)] > 1.05 * float(name.split('-')[-1]):
+            print(f'{name}: no ratios came within 5% of it; more --rounds may help')
 
 
 def plot(budgets: Mapping[str, dict], loss: str, title: str, path: Path) -> None:
     """Plots the loss against the measured cost, beside that of equal ratios."""
     kinds = {kind: [] for kind in COSTS}
     for name, row in budgets.items():
-        kinds['gmacs' if name.startswith('gmacs') else 'latency'].append(row)
+        kinds[kind_of(name)].append(row)
     kinds = {kind: rows for kind, rows in kinds.items() if rows}
     figure = Figure(figsize=(5 * len(kinds), 4), layout='constrained')
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
