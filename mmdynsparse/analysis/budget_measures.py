@@ -42,7 +42,8 @@ class Divergence:
     """Mean divergence of a model's predictions from those with everything kept.
 
     It compares the logits of a segmentor's pixels, or of a detector's anchors and of the regions
-    that it proposes with everything kept.
+    that it proposes with everything kept. Images are not cut into windows, whatever ``test_cfg``
+    says.
 
     Args:
         model: In eval mode.
@@ -108,6 +109,9 @@ class MetricLoss:
         batches: Of the config's test set.
         cfg: The config.
         name: Of the metric, the higher the better, as the evaluator calls it.
+
+    Raises:
+        ValueError: If there is no evaluator, or it has no metric of that name.
     """
 
     sign = -1
@@ -119,14 +123,11 @@ class MetricLoss:
         self.name, self._model, self._batches = name, model, batches
         self._evaluator = Evaluator(cfg.test_evaluator)
         self._evaluator.dataset_meta = test_dataset(cfg).metainfo
+        self()  # a wrong name is reported before anything is measured
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """Return the metric of the model as it is, with the sign changed.
-
-        Raises:
-            ValueError: If the evaluator has no metric of that name.
-        """
+        """Return the metric of the model as it is, with the sign changed."""
         with contextlib.redirect_stdout(io.StringIO()):
             for data in self._batches:
                 self._evaluator.process(self._model.test_step(data), data)
