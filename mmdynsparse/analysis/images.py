@@ -8,6 +8,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, TRANSFORMS
+from torch.utils.data import Dataset
 
 PACKERS = {'mmseg': 'mmseg.PackSegInputs', 'mmdet': 'mmdet.PackDetInputs'}
 META_KEYS = ('img_path', 'ori_shape', 'img_shape', 'scale_factor')
@@ -73,17 +74,26 @@ def file_batches(cfg: Config, files: Sequence[str], count: int) -> Iterator[dict
         yield pseudo_collate([pipeline(dict(img_path=files[i], img_id=i))])
 
 
+def test_dataset(cfg: Config) -> Dataset:
+    """Build the config's test set.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not cfg.get('test_dataloader'):
+        raise ValueError(
+            'config must have a test_dataloader unless --images or --size is given, got none'
+        )
+    return DATASETS.build(cfg.test_dataloader['dataset'])
+
+
 def dataset_batches(cfg: Config, count: int) -> Iterator[dict]:
     """Load up to ``count`` images of the config's test set, spread evenly.
 
     Raises:
         ValueError: If there is no test set, or it is empty.
     """
-    if not cfg.get('test_dataloader'):
-        raise ValueError(
-            'config must have a test_dataloader unless --images or --size is given, got none'
-        )
-    dataset = DATASETS.build(cfg.test_dataloader['dataset'])
+    dataset = test_dataset(cfg)
     if len(dataset) == 0:
         raise ValueError('test_dataloader.dataset must hold at least 1 image, got 0')
     for i in _spread(len(dataset), count):

@@ -49,9 +49,14 @@ class ToolParser(argparse.ArgumentParser):
 
 
 class AnalysisParser(ToolParser):
-    """Parser with the arguments that every analysis tool has."""
+    """Parser with the arguments that every analysis tool has.
 
-    def __init__(self, description: str) -> None:
+    Args:
+        description: What the tool does.
+        out: What it writes. Defaults to 'folder for the results'.
+    """
+
+    def __init__(self, description: str, out: str = 'folder for the results') -> None:
         super().__init__(description=description)
         self.add_argument('config', help='config file of the sparse model')
         self.add_argument(
@@ -60,7 +65,7 @@ class AnalysisParser(ToolParser):
         self.add_cfg_options()
         self.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
         self.add_argument('--seed', type=int, default=0, help='of random weights and images')
-        self.add_argument('--out', help='folder for the results')
+        self.add_argument('--out', help=out)
         # What load_config expects of the tools that train and test.
         self.set_defaults(work_dir=None, launcher='none', local_rank=0)
 
