@@ -20,7 +20,6 @@ from torch import nn
 from ..engine.distillation import RPN, SEGMENTOR, Batch, logit_heads, logit_loss, run_parts
 from ..models.calls import CallRecorder
 from ..models.decider import deciders, keep_everything
-from ..models.sparsity import Sparsity
 from .budget_search import GRID, Table, by_part, differences, evolve, find_groups, monotone, probe
 from .dense import Pair
 from .flops import count_macs
@@ -253,9 +252,7 @@ class Measures:
 
     def _set(self, ratios: Sequence[float]) -> None:
         for part, values in by_part(self.groups, ratios).items():
-            decider = self._deciders[part]
-            is_list = isinstance(decider.sparsity, Sparsity)
-            decider.set_keep_ratio(values if is_list else values[0])
+            self._deciders[part].set_keep_ratio(values)
 
     def _gmacs(self, ratios: Sequence[float] | None) -> float:
         model = self.pair.dense if ratios is None else self.pair.sparse

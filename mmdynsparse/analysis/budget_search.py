@@ -13,7 +13,6 @@ import numpy as np
 from torch import nn
 
 from ..models.decider import deciders
-from ..models.sparsity import Sparsity
 
 # Ratios that are measured. Between the last two there is nothing: below 1.0 a predictor runs and
 # locations are gathered, so the cost jumps there.
@@ -36,17 +35,13 @@ def find_groups(model: nn.Module) -> list[Group]:
     """Return the groups of a model's sparse parts, in the order of ``deciders``."""
     groups = []
     for part, decider in deciders(model).items():
-        sizes = [1]
-        if isinstance(decider.sparsity, Sparsity):
-            locations, follow = decider.sparsity.locations, decider.sparsity.follow
-            sizes = []
-            for stage, blocks in locations.items():
-                if stage in follow:
-                    sizes[-1] += len(blocks)
-                else:
-                    sizes += [1] * len(blocks)
-        for i, size in enumerate(sizes):
-            groups.append(Group(part, size, decider.falling and i > 0, decider.follows))
+        first = True
+        for follows in decider.sparsity.followers:
+            if follows:
+                groups[-1] = groups[-1]._replace(size=groups[-1].size + 1)
+                continue
+            groups.append(Group(part, 1, decider.falling and not first, decider.follows))
+            first = False
     return groups
 
 

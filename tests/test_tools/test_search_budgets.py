@@ -9,11 +9,13 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
 from PIL import Image
 
 from mmdynsparse.analysis import budget_measures as library
 from mmdynsparse.analysis.flops import count_macs
 from mmdynsparse.analysis.latency import Latency
+from mmdynsparse.models.budgets import budgets
 
 TOOL = 'analysis_tools/search_budgets.py'
 SPARSE_HEAD = (
@@ -150,6 +152,10 @@ def test_a_stopped_run_goes_on(
             ('--latency', 0.5, '--images', 'none.jpg'),
             "--images must be existing files or folders, got 'none.jpg'",
         ),
+        (
+            ('--latency', 0.5, '--out-checkpoint', 'new'),
+            '--out-checkpoint needs a checkpoint, got random weights',
+        ),
         (('--gmacs', 0.5, '--metric', 'mIoU'), 'not allowed with argument --images'),
     ],
 )
@@ -193,7 +199,11 @@ def test_everything_is_kept_if_it_costs_no_more(
     model = MODELS.build(Config.fromfile(config).model)
     torch.save(model.state_dict(), tmp_path / 'weights.pth')
     images = data_root / 'images/val'
-    result, _ = run(config, tmp_path / 'weights.pth', '--images', images, '--gmacs', 1)
+    new = tmp_path / 'new.pth'
+    args = (tmp_path / 'weights.pth', '--images', images, '--gmacs', 1, '--out-checkpoint', new)
+    result, _ = run(config, *args)
+    load_checkpoint(model, str(new))
+    assert budgets(model) == {'gmacs-1': dict(backbone=[1.0])}
     row = result['budgets']['gmacs-1']
     assert row['keep_ratios'] == dict(backbone=[1.0]) and row['gmacs'] <= 1
     assert row['divergence'] == pytest.approx(0, abs=1e-6)

@@ -1,7 +1,7 @@
 """Searches for the keep ratios of all sparse parts that cost what is asked and change least.
 
 A share of 0.6 is 0.6 of the time (or multiply-adds) of the dense original on this device. Only
-ratios change, the checkpoint stays as it is. A run that was stopped goes on from OUT.partial.
+ratios change, the weights stay as they are. A run that was stopped goes on from OUT.partial.
 """
 
 import argparse
@@ -29,7 +29,9 @@ from mmdynsparse.analysis.environment import environment
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images
 from mmdynsparse.analysis.models import load_models
 from mmdynsparse.analysis.report import print_setting, print_table
+from mmdynsparse.models.budgets import add_budgets
 from mmdynsparse.models.decider import deciders
+from mmdynsparse.utils.checkpoints import read_checkpoint
 from mmdynsparse.utils.command_line.arguments import AnalysisParser, at_least
 from mmdynsparse.utils.command_line.data_checks import check_data
 from mmdynsparse.utils.command_line.errors import one_line_errors
@@ -67,6 +69,9 @@ def build_parser() -> AnalysisParser:
         '--evaluations', type=at_least(1), default=60, help='combinations tried for each share'
     )
     parser.add_argument(
+        '--out-checkpoint', help='file of the weights again (.pth), which carries the budgets'
+    )
+    parser.add_argument(
         '--rounds', type=at_least(1), default=10, help='timed calls of each variant'
     )
     return parser
@@ -80,9 +85,17 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     if not args.latency and not args.gmacs:
         raise ValueError('--latency or --gmacs must have at least one share, got none')
-    out = Path(args.out or '')
-    if out.suffix != '.json' or not out.parent.is_dir():
-        raise ValueError(f'--out must be a .json file in an existing folder, got {args.out!r}')
+    files = [('--out', args.out, '.json')]
+    if args.out_checkpoint is not None:
+        files.append(('--out-checkpoint', args.out_checkpoint, '.pth'))
+        if not args.checkpoint:
+            raise ValueError('--out-checkpoint needs a checkpoint, got random weights')
+    for option, file, suffix in files:
+        path = Path(file or '')
+        if path.suffix != suffix or not path.parent.is_dir():
+            raise ValueError(
+                f'{option} must be a {suffix} file in an existing folder, got {file!r}'
+            )
 
 
 def load_batches(args: argparse.Namespace, cfg: Config) -> list[dict]:
@@ -167,6 +180,15 @@ def plot(budgets: Mapping[str, dict], loss: str, title: str, path: Path) -> None
     figure.savefig(path, dpi=120)
 
 
+def save_checkpoint(args: argparse.Namespace, model: nn.Module, budgets: Mapping) -> None:
+    """Writes the model's weights with the budgets, for set_budget and test.py --budget."""
+    add_budgets(model, {name: row['keep_ratios'] for name, row in budgets.items()})
+    meta = read_checkpoint('checkpoint', args.checkpoint).get('meta', {})
+    # What init_model of mmseg and mmdet reads.
+    meta = {'dataset_meta': meta['dataset_meta']} if 'dataset_meta' in meta else {}
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), args.out_checkpoint)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the tool.
 
@@ -201,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f'{setting["device"]}, {setting["threads"]} threads, {setting["sizes"]}'
         plot(result['budgets'], loss.name, title, out.with_suffix('.png'))
         replace_json(dict(setting=setting, **result), out)
+        if args.out_checkpoint:
+            save_checkpoint(args, pair.sparse, result['budgets'])
         notes.path.unlink()
         report(result['budgets'], loss.name)
 
