@@ -4,6 +4,7 @@ Sources and design: see ``resnet.py``. Dimension letters: B images, C channels, 
 dropped cells of g x g positions, P = B * H * W rows of a table (see ``ops.cells``).
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import chain
 from typing import ClassVar, NamedTuple
@@ -113,9 +114,9 @@ class ResidualBlock(Block):
             )
         self.fast_path = build_part(fast_path, channels) if fast_path else None
 
+    @abstractmethod
     def _geometry(self, planes: int, stride: int, dilation: int, style: str) -> list[Layer]:
         """Return the shapes of the convolutions of the branch."""
-        raise NotImplementedError
 
     def _add_layer(self, conv_cfg: dict | None, norm_cfg: dict, channels: int, to: Layer) -> None:
         """Add the next convolution and its norm, named ``conv1`` and, if a batch norm, ``bn1``."""
@@ -216,9 +217,9 @@ class ResidualBlock(Block):
                 x = getattr(self, name)(x.contiguous())
         return x
 
+    @abstractmethod
     def _branch_in_cells(self, table: Tensor, cells: Cells) -> Tensor:
         """Return the residual of the kept cells' positions, (K * g * g, C)."""
-        raise NotImplementedError
 
     def _fused_conv(self, table: Tensor, cells: Cells, relu: bool) -> Tensor:
         """Apply the first layer everywhere and the second one in kept cells, (K, C, g, g)."""
