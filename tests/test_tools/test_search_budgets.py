@@ -62,6 +62,7 @@ def macs_for_ms(monkeypatch: pytest.MonkeyPatch) -> list:
 def check(row: dict, share: float, kind: str) -> None:
     assert row[kind] <= share * 1.2
     assert 0 <= row['divergence'] <= row['uniform']['divergence']
+    assert row['gmacs_p95'] == pytest.approx(row['gmacs'], rel=0.1)
     assert row['uniform']['latency'] > 0 and 0 < row['uniform']['gmacs'] <= 1
 
 

@@ -146,14 +146,15 @@ def kind_of(budget: str) -> str:
 
 def report(budgets: Mapping[str, dict], loss: str) -> None:
     """Prints what was found."""
-    header = ('budget', 'keep ratios', *COSTS, loss, 'equal ratios', *COSTS, loss)
+    costs = (*COSTS, 'gmacs_p95')
+    header = ('budget', 'keep ratios', *costs, loss, 'equal ratios', *costs, loss)
     rows = []
     for name, row in budgets.items():
         parts = (f'{k} {" ".join(f"{r:g}" for r in v)}' for k, v in row['keep_ratios'].items())
         cells = [name, ', '.join(parts)]
         for side in (row, row['uniform']):
-            cells += [f'{side[kind]:.3f}' for kind in COSTS] + [f'{side[loss]:.4g}']
-        cells.insert(5, f'{row["uniform"]["keep_ratio"]:g}')
+            cells += [f'{side[cost]:.3f}' for cost in costs] + [f'{side[loss]:.4g}']
+        cells.insert(len(costs) + 3, f'{row["uniform"]["keep_ratio"]:g}')
         rows.append(cells)
     print_table('budgets, costs as shares of the dense original', header, rows)
     for name, row in budgets.items():
