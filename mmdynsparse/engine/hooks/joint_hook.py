@@ -44,7 +44,8 @@ class DenseSparseSchedule(Hook):
 
     Raises:
         ValueError: If an argument is outside its range, or, before the first iteration, the model
-            has no such sparse part or a part cannot have the lowest ratio.
+            has no such sparse part, or a part cannot have the lowest ratio or selects by a
+            threshold.
     """
 
     def __init__(
@@ -79,6 +80,12 @@ class DenseSparseSchedule(Hook):
                 f'parts of DenseSparseSchedule must be sparse parts of the model, {list(found)}, '
                 f'got {self.parts}'
             )
+        for name in names:
+            if found[name].sparsity.selector == 'threshold':
+                raise ValueError(
+                    'sparsity.selector must keep a share under DenseSparseSchedule, which teaches '
+                    f"an order, got 'threshold' in {name}"
+                )
         self._own = {found[name]: found[name].keep_ratios for name in names}
         if self.keep_ratio is not None and self.together:
             for name in names:

@@ -138,22 +138,33 @@ def test_bad_arguments(kwargs, message):
         DenseSparseSchedule(**kwargs)
 
 
+class Model(BaseModel):
+    def __init__(self, **sparsity):
+        super().__init__()
+        self.backbone = SparseSwinTransformer(
+            embed_dims=8,
+            depths=(1, 1, 2, 1),
+            num_heads=(1, 1, 1, 1),
+            sparsity=dict(keep_ratio=0.5, locations={2: (0,)}) | sparsity,
+        )
+
+    def forward(self, inputs, mode='tensor'):
+        return self.backbone(inputs)
+
+
 def test_bad_parts_and_ratios_before_the_first_iteration(training):
     with pytest.raises(ValueError, match=r"sparse parts of the model, \['backbone'\], got"):
         training(schedule(parts=['neck']), folder='a')
     with pytest.raises(ValueError, match='goes too low for backbone: keep_ratio of decision 2'):
         training(schedule(keep_ratio=(0.3, 0.9)), folder='b')
     training(schedule(keep_ratio=(0.3, 0.9), together=False), folder='c', iters=2)
+    with pytest.raises(ValueError, match="which teaches an order, got 'threshold' in backbone"):
+        training(schedule(), folder='d', model=Model(selector='threshold'))
 
 
 def test_nearest_ratios_respect_followers():
-    model = SparseSwinTransformer(
-        embed_dims=8,
-        depths=(1, 1, 2, 1),
-        num_heads=(1, 1, 1, 1),
-        sparsity=dict(keep_ratio=0.5, locations={1: (0,), 2: (0,), 3: (0,)}, follow=(2,)),
-    )
-    (decider,) = deciders(model).values()
+    locations = {1: (0,), 2: (0,), 3: (0,)}
+    (decider,) = deciders(Model(locations=locations, follow=(2,))).values()
     assert decider.nearest([0.3, 0.9, 0.5]) == [0.3, 0.3, 0.5]
     decider.falling = True
     assert decider.nearest([0.3, 0.9, 0.5]) == [0.9, 0.9, 0.3]
