@@ -282,6 +282,8 @@ class Decider(nn.Module):
             )
 
     def _warn_without_loss(self, ratio: float, exact: bool) -> None:
+        if torch.compiler.is_compiling():  # a message would break the graph
+            return
         if ratio < 1 and not exact and not self.has_ratio_loss and not self._warned:
             self._warned = True
             print_log(
