@@ -152,7 +152,7 @@ class CellSparsity:
         """Check a config's ``sparsity`` dict, as :meth:`Sparsity.from_cfg` does."""
         check_keys(cfg, cls)
         self = cls(**{**defaults, **cfg})
-        self.resolve(self.keep_ratio)
+        check_ratio('sparsity.keep_ratio', self.keep_ratio)
         check_selector(self.selector)
         if not isinstance(self.cell_size, int) or self.cell_size < 2 or self.cell_size % 2:
             raise ValueError(
@@ -167,7 +167,7 @@ class CellSparsity:
     followers: ClassVar[tuple[bool, ...]] = (False,)
 
     def resolve(self, keep_ratio: float | Sequence[float]) -> list[float]:
-        """Return the keep ratio of the only decision, if it is in (0, 1]."""
+        """Return the keep ratio of the only decision, a number or a list of one, in (0, 1]."""
         if isinstance(keep_ratio, list | tuple) and len(keep_ratio) == 1:
             keep_ratio = keep_ratio[0]
         check_ratio('sparsity.keep_ratio', keep_ratio)
