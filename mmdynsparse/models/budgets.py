@@ -23,7 +23,8 @@ def set_budget(model: nn.Module, budget: str | float) -> None:
         ValueError: If the file cannot be used or is of another architecture, the model has no
             budgets, or none of this name.
     """
-    budget = str(budget)
+    if not isinstance(budget, str):
+        budget = f'{budget:g}'  # as search_budgets.py names them
     if '.json:' in budget:
         path, _, budget = budget.rpartition(':')
         add_budgets(model, read_budgets(path))
@@ -31,7 +32,7 @@ def set_budget(model: nn.Module, budget: str | float) -> None:
     if not parts:
         raise ValueError(f'budget needs a model with a sparse part, got a {type(model).__name__}')
     names = list(budgets(model))
-    if budget == '1.0' and budget not in names:
+    if budget in ('1', '1.0') and budget not in names:
         ratios = {part: 1.0 for part in parts}
     elif budget in names:
         ratios = {part: decider.budgets[budget] for part, decider in parts.items()}

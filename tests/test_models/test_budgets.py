@@ -48,8 +48,13 @@ def test_a_budget_of_a_file(tiny_swin, file):
     assert model.ratios() == ([0.7, 0.4, 0.3], [0.3])
     set_budget(model, 0.8)
     assert model.ratios() == ([0.9, 0.8, 0.8], [0.7])
+    for everything in (1.0, 1, '1', '1.0'):
+        set_budget(model, 0.8)
+        set_budget(model, everything)
+        assert model.ratios() == ([1.0] * 3, [1.0])
+    add_budgets(model, {'1': TABLE['0.8']})  # a search that was asked for 1 names its budget so
     set_budget(model, 1.0)
-    assert model.ratios() == ([1.0] * 3, [1.0])
+    assert model.ratios() == ([0.9, 0.8, 0.8], [0.7])
 
 
 def test_budgets_travel_with_checkpoints(tiny_swin, tmp_path):
