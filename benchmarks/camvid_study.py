@@ -5,8 +5,10 @@
     python benchmarks/camvid_study.py report --out REPORT --study DIR BENCHMARK.json
 
 ``dense`` trains the dense original of a sparse config on, ``run`` fine-tunes the variants from it
-and evaluates them, each with the programs of ``tools/``. Every finished run leaves a JSON file;
-what has one is not run again. ``report`` makes one file, tables and a plot of one or more studies
+and evaluates them, each with the programs of ``tools/``. A config with a ``DenseSparseSchedule``
+is trained once for all ``--ratios``, each of which all sparse parts of the model then have, beside
+models trained for each ratio alone. Every finished run leaves a JSON file; what has one is not run
+again. ``report`` makes one file, tables and a plot of one or more studies
 and of what ``tools/analysis_tools/benchmark.py`` measured for the config of each, with
 ``--parts backbone whole`` and the keep ratios of the study.
 """
@@ -36,13 +38,16 @@ RATIOS = (0.9, 0.7, 0.5)
 MAIN_RATIO = 0.7
 METRICS = {'mIoU': 'mIoU', 'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 ABLATIONS = ('no distillation', 'no ratio loss')
+# Trained once for all keep ratios.
+JOINT = ('joint', 'joint, random')
+VARIANTS = ('dense', 'dense, fine-tuned', *JOINT, 'learned', 'random', *ABLATIONS)
 
 
 class Variant(NamedTuple):
     """One model of the study.
 
     Attributes:
-        name: 'dense', 'dense, fine-tuned', 'learned', 'random' or one of ``ABLATIONS``.
+        name: One of ``VARIANTS``.
         ratio: Keep ratio of the backbone's first predictor, or None where the model is dense.
     """
 
@@ -55,10 +60,15 @@ class Variant(NamedTuple):
         return self.ratio is None
 
     @property
-    def key(self) -> str:
-        """Name of the variant's files."""
+    def training(self) -> str:
+        """Name of the variant's training, one for all keep ratios if it is a joint one."""
         name = self.name.replace(', ', '-').replace(' ', '-')
-        return name if self.is_dense else f'{name}-{self.ratio}'
+        return name if self.is_dense or self.name in JOINT else f'{name}-{self.ratio}'
+
+    @property
+    def key(self) -> str:
+        """Name of the variant's result."""
+        return f'{self.training}-{self.ratio}' if self.name in JOINT else self.training
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -91,6 +101,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument(
         '--variants', nargs='+', help='only those whose key starts so, such as learned-0.7'
     )
+    run.add_argument(
+        '--ratios', type=float, nargs='+', default=RATIOS, help='keep ratios of the variants'
+    )
     summary = steps.add_parser('report', help='table and plot of what has been run')
     summary.add_argument(
         '--study',
@@ -112,16 +125,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     least = 1 if args.step == 'dense' else 0
     if getattr(args, 'iters', None) is not None and args.iters < least:
         parser.error(f'--iters must be at least {least}, got {args.iters}')
+    if not all(0 < ratio <= 1 for ratio in getattr(args, 'ratios', ())):
+        parser.error(f'--ratios must be in (0, 1], got {args.ratios}')
     return args
 
 
-def variants() -> Iterator[Variant]:
-    """All models of the study, the important ones first."""
+def variants(ratios: Sequence[float], joint: bool = False) -> Iterator[Variant]:
+    """All models of a study, the important ones first."""
     yield Variant('dense')
     yield Variant('dense, fine-tuned')
-    for ratio in sorted(RATIOS, key=lambda r: r != MAIN_RATIO):
-        yield Variant('learned', ratio)
-        yield Variant('random', ratio)
+    for name in JOINT if joint else ():
+        for ratio in ratios:
+            yield Variant(name, ratio)
+    for ratio in sorted(ratios, key=lambda r: r != MAIN_RATIO):
+        if ratio < 1:
+            yield Variant('learned', ratio)
+            yield Variant('random', ratio)
     for name in ABLATIONS:
         yield Variant(name, MAIN_RATIO)
 
@@ -141,9 +160,11 @@ def train_dense(args: argparse.Namespace) -> None:
 
 def run_variants(args: argparse.Namespace) -> None:
     """Fine-tune and evaluate what is not there yet."""
-    wanted = [v for v in variants() if v.key.startswith(tuple(args.variants or ('',)))]
+    joint = bool(schedules(load_config(args.config)))
+    known = list(variants(args.ratios, joint))
+    wanted = [v for v in known if v.key.startswith(tuple(args.variants or ('',)))]
     if not wanted:
-        keys = ', '.join(variant.key for variant in variants())
+        keys = ', '.join(variant.key for variant in known)
         sys.exit(f'--variants must be beginnings of {keys}, got {" ".join(args.variants)}')
     for seed in args.seeds:
         for variant in wanted:
@@ -162,11 +183,12 @@ def run_variant(variant: Variant, args: argparse.Namespace, seed: int) -> dict:
     cfg = load_config(args.config)
     cfg = as_dense(cfg) if variant.is_dense else as_sparse(cfg, variant)
     cfg.load_from = str(args.start)
-    work_dir = args.out / f'{variant.key}_seed-{seed}'
+    work_dir = args.out / f'{variant.training}_seed-{seed}'
     row = dict(variant=variant.name, ratio=variant.ratio, seed=seed, config=args.config.name)
     checkpoint = args.start
     if variant.name != 'dense' and args.iters != 0:
-        checkpoint = train(cfg, work_dir, args.iters, seed)
+        checkpoint = trained(work_dir) if variant.name in JOINT else None
+        checkpoint = checkpoint or train(cfg, work_dir, args.iters, seed)
         row |= training_summary(work_dir)
     metrics = evaluate(cfg, checkpoint, work_dir)
     # mmdet's are shares, mmseg's in percent.
@@ -198,15 +220,17 @@ def as_dense(cfg: Config) -> Config:
 
 def as_sparse(cfg: Config, variant: Variant) -> Config:
     """The config of a sparse variant."""
-    ratio = cfg.model.backbone.sparsity.keep_ratio
-    several = isinstance(ratio, list)
-    cfg.model.backbone.sparsity.keep_ratio = (
-        [variant.ratio] * len(ratio) if several else variant.ratio
-    )
-    if variant.name == 'random':
-        for part in cfg.model.values():
-            if isinstance(part, dict) and part.get('sparsity'):
-                part.sparsity.selector = 'random'
+    parts = [p for p in cfg.model.values() if isinstance(p, dict) and p.get('sparsity')]
+    joint = schedules(cfg)
+    for part in parts if joint else [cfg.model.backbone]:
+        ratio = part.sparsity.keep_ratio
+        several = isinstance(ratio, list)
+        part.sparsity.keep_ratio = [variant.ratio] * len(ratio) if several else variant.ratio
+    if variant.name.endswith('random'):
+        for part in parts:
+            part.sparsity.selector = 'random'
+    if variant.name not in JOINT:
+        cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook not in joint]
     hooks = {hook.type.removeprefix('mmdynsparse.'): hook for hook in cfg.custom_hooks}
     if variant.name == 'no distillation':
         del hooks['DistillationHook']
@@ -214,6 +238,11 @@ def as_sparse(cfg: Config, variant: Variant) -> Config:
         hooks['SparsityHook'].weight = 0.0  # it still measures keep rates
     cfg.custom_hooks = list(hooks.values())
     return cfg
+
+
+def schedules(cfg: Config) -> list[dict]:
+    """The hooks of a config that train it for all keep ratios."""
+    return [hook for hook in cfg.custom_hooks if hook.type.endswith('DenseSparseSchedule')]
 
 
 def train(cfg: Config, work_dir: Path, iters: int | None, seed: int) -> Path:
@@ -229,7 +258,13 @@ def train(cfg: Config, work_dir: Path, iters: int | None, seed: int) -> Path:
     work_dir.mkdir(parents=True, exist_ok=True)
     cfg.dump(path)
     call(work_dir / 'train.txt', 'train.py', path, '--work-dir', work_dir)
-    return Path((work_dir / 'last_checkpoint').read_text().strip())
+    return trained(work_dir)
+
+
+def trained(work_dir: Path) -> Path | None:
+    """The last checkpoint of a training, None if there is none."""
+    file = work_dir / 'last_checkpoint'
+    return Path(file.read_text().strip()) if file.exists() else None
 
 
 def evaluate(cfg: Config, checkpoint: Path, work_dir: Path) -> dict:
@@ -303,12 +338,12 @@ def read_costs(path: Path) -> dict[float | None, dict]:
 
 
 def summarize(study: str, rows: Sequence[Mapping], costs: Mapping) -> list[dict]:
-    """The results of each variant, one value for each seed, in the order of ``variants``."""
+    """The results of each variant, one value for each seed, in the order of ``VARIANTS``."""
     groups = defaultdict(list)
     for row in rows:
         groups[Variant(row['variant'], row['ratio'])].append(row)
     table = []
-    for variant in [v for v in variants() if v in groups]:
+    for variant in sorted(groups, key=lambda v: (VARIANTS.index(v.name), v.ratio or 0)):
         group = groups[variant]
         metrics = {k: [row['metrics'][k] for row in group] for k in group[0]['metrics']}
         rates = np.mean([row['keep_rates'] for row in group], axis=0).tolist()
@@ -362,9 +397,7 @@ def plot(table: Sequence[Mapping], metric: str, path: Path) -> None:
     axes = figure.add_subplot()
     # A colour for each study, a marker for each variant.
     studies = list(dict.fromkeys(line['study'] for line in table))
-    markers = dict(
-        zip(dict.fromkeys(variant.name for variant in variants()), 's*o^vX', strict=True)
-    )
+    markers = dict(zip(VARIANTS, 's*Pdo^vX', strict=True))
     groups = defaultdict(list)
     for line in table:
         if line['costs']:

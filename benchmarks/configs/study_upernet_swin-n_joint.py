@@ -3,7 +3,7 @@
 _base_ = './study_upernet_swin-n_attention_sparse-head.py'
 custom_hooks = [
     dict(type='mmdynsparse.DenseSparseSchedule', keep_ratio=(0.3, 0.9)),
-    dict(type='mmdynsparse.SparsityHook'),
+    dict(type='mmdynsparse.SparsityHook', weight=30.0),  # without the schedule
     dict(type='mmdynsparse.DistillationHook', logit_weight=0.5, features=dict(backbone=20.0)),
     dict(type='mmdynsparse.FreezePretrained', iters=20),
 ]

@@ -13,7 +13,18 @@ import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from torch import Tensor
 
-from ..ops import CellRows, Plan, cell_grid, cell_rows, cell_table, region, take_tiles, tile_rows
+from ..ops import (
+    CellRows,
+    Plan,
+    cell_grid,
+    cell_rows,
+    cell_table,
+    is_exporting,
+    region,
+    row_tiles,
+    take_tiles,
+    tile_rows,
+)
 from .conv_module import conv_module
 
 
@@ -58,6 +69,10 @@ class KeptCells(NamedTuple):
             near_RC = near_RC.index_select(0, self.rows.near)
         with region('slow path'):
             near_RC = pointwise_rows(near_RC, lateral)
+        if is_exporting():  # each position of a tile has a row of its own
+            inside_R1 = (self.rows.tile < x_BCHW[:, 0].numel()).unsqueeze(1)
+            sums = (enlarged_rows(self.rows.near) + near_RC) * inside_R1
+            return row_tiles(sums, self.size + 2)
         with region('gather'):
             # One more row, of zeros, for the padding; in place, because another table of this
             # size costs page faults.

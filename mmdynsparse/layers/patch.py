@@ -5,8 +5,10 @@ from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..ops import linear
 from .conv_norm import conv_norm
 from .linear import Linear
+from .plain import is_plain
 
 
 class PatchEmbed(BaseModule):
@@ -108,12 +110,28 @@ class PatchMerging(BaseModule):
     def forward(self, x_BNC: Tensor, hw: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Map tokens (B, N, C) to merged tokens and their size; zeros pad right and bottom."""
         b, _, c = x_BNC.shape
-        x_BHWC = _pad_to_cover(x_BNC.view(b, *hw, c), self.kernel_size, self.stride)
-        # Channels outermost, then rows and columns: the order that torch's unfold gives.
-        x = x_BHWC.unfold(1, self.kernel_size, self.stride)
-        x = x.unfold(2, self.kernel_size, self.stride)
+        k = self.kernel_size
+        x = _pad_to_cover(x_BNC.view(b, *hw, c), k, self.stride)
+        if self.stride == k:
+            x = x.unflatten(2, (-1, k)).unflatten(1, (-1, k)).transpose(2, 3)
+        else:
+            x = x.unfold(1, k, self.stride).unfold(2, k, self.stride).permute(0, 1, 2, 4, 5, 3)
         out_hw = tuple(x.shape[1:3])
-        return self.reduction(self.norm(x.reshape(b, out_hw[0] * out_hw[1], -1))), out_hw
+        x_BN4C = x.reshape(b, -1, k * k, c)
+        return self._reduce(x_BN4C), out_hw
+
+    def _reduce(self, x_BN4C: Tensor) -> Tensor:
+        norm, fc = self.norm, self.reduction
+        if not (is_plain(norm, nn.LayerNorm, nn.Identity) and is_plain(fc, Linear)):
+            return fc(norm(x_BN4C.transpose(2, 3).flatten(2)))
+        # The weights have torch's unfold in mind, with channels outermost. Channels stay together
+        # where weights are reordered in place of tokens.
+        x, c = x_BN4C.flatten(2), x_BN4C.shape[3]
+        if isinstance(norm, nn.LayerNorm):
+            weight, bias = (p.view(c, -1).t().flatten() for p in (norm.weight, norm.bias))
+            x = F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+        weight = fc.weight.unflatten(1, (c, -1)).transpose(1, 2).flatten(1)
+        return linear(x, weight, fc.bias)
 
 
 def _pad_to_multiple(x_BCHW: Tensor, size: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..ops import (
     WindowRows,
     cell_grid,
+    is_exporting,
     kept_window_rows,
     linear,
     region,
@@ -98,6 +99,8 @@ class WindowMSA(BaseModule):
     def _add_mask(self, logits: Tensor, mask: Tensor, windows: Tensor | None) -> Tensor:
         """Add the mask in place, to the last row and the last column: elsewhere it is 0."""
         rows, cols = mask.shape[:2]
+        if is_exporting():  # a part of a tensor would become a scatter
+            return (logits.unflatten(0, (-1, rows, cols)) + mask).flatten(0, 2)
         if windows is None:
             grid = logits.unflatten(0, (-1, rows, cols))
             grid[:, -1] += mask[-1]
@@ -182,6 +185,10 @@ class ShiftWindowMSA(BaseModule):
         return kept_window_rows(kept_K, batch, hw, self.window_size, self.shift(hw), heads)
 
     def _attend(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
+        if is_exporting():  # cutting and rolling would be a dozen copies; an index is one
+            everything = torch.arange(x_BNC.shape[0] * x_BNC.shape[1], device=x_BNC.device)
+            rows = self.kept_rows(everything, len(x_BNC), hw)
+            return self._attend_kept(x_BNC.flatten(0, 1), hw, rows).view_as(x_BNC)
         m, size, shift = self.w_msa, self.window_size, self.shift(hw)
         qkv = m.qkv(x_BNC).unflatten(1, hw)
         padding = m.qkv.bias

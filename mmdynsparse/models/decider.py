@@ -13,6 +13,7 @@ from ..ops import (
     Plan,
     cell_grid,
     cell_means,
+    is_exporting,
     keep_all,
     plan,
     region,
@@ -21,7 +22,6 @@ from ..ops import (
     select_decision,
 )
 from ..registry import MODELS
-from .features import is_exporting
 from .sparsity import BACKBONE, CellSparsity, Sparsity
 
 

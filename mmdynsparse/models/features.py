@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..ops import Decision
+from ..ops import Decision, is_exporting
 
 
 class Features(tuple):
@@ -39,13 +39,5 @@ class Features(tuple):
 
 
 def with_decisions(maps: Iterable[Tensor], decisions: Sequence[Decision]) -> tuple:
-    """Return :class:`Features`, or a plain tuple of the maps while they are exported."""
+    """Return :class:`Features`, or a plain tuple while an export allows torch's types alone."""
     return tuple(maps) if is_exporting() else Features(maps, decisions)
-
-
-def is_exporting() -> bool:
-    """Whether torch.export traces the model, whose outputs must then be types of torch's."""
-    # torch.compiler.is_exporting is a constant for Dynamo, true under torch.compile as well.
-    if getattr(torch.compiler, '_is_exporting_flag', False):
-        return True
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

@@ -9,6 +9,7 @@ from .cells import (
     cell_rows,
     cell_table,
     put_tiles,
+    row_tiles,
     sparse_table,
     table_map,
     take_tiles,
@@ -17,7 +18,7 @@ from .cells import (
 from .linear import linear
 from .regions import REGIONS, region
 from .resize import enlarge_rows
-from .rows import put_rows
+from .rows import is_exporting, put_rows
 from .select import (
     CLAMPED,
     SELECTORS,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .caching import cached
-from .rows import put_rows, shapes_may_vary
+from .rows import is_exporting, put_rows, shapes_may_vary
 
 
 class CellRows(NamedTuple):
@@ -101,6 +101,8 @@ def cell_table(x_BCHW: Tensor) -> Tensor:
     positions outside of the map.
     """
     b, c, h, w = x_BCHW.shape
+    if is_exporting():
+        return F.pad(x_BCHW.permute(0, 2, 3, 1).flatten(0, 2), (0, 0, 0, 2))
     table = x_BCHW.new_empty(b * h * w + 2, c)
     table_map(table, b, (h, w)).copy_(x_BCHW)
     table[-2:].zero_()
@@ -152,11 +154,16 @@ def put_tiles(x_BCHW: Tensor, cells_K: Tensor, tiles_KCgg: Tensor) -> Tensor:
 
 def take_tiles(table: Tensor, rows: Tensor, side: int) -> Tensor:
     """Gather rows into tiles (K, C, side, side), channels last in memory."""
-    return table.index_select(0, rows).view(-1, side, side, table.shape[1]).permute(0, 3, 1, 2)
+    return row_tiles(table.index_select(0, rows), side)
+
+
+def row_tiles(rows_RC: Tensor, side: int) -> Tensor:
+    """View rows as tiles (K, C, side, side), channels last in memory."""
+    return rows_RC.view(-1, side, side, rows_RC.shape[1]).permute(0, 3, 1, 2)
 
 
 def tile_rows(tiles_KCGG: Tensor) -> Tensor:
-    """Flatten tiles to rows (K * G * G, C), the inverse of :func:`take_tiles`."""
+    """Flatten tiles to rows (K * G * G, C), the inverse of :func:`row_tiles`."""
     return tiles_KCGG.permute(0, 2, 3, 1).reshape(-1, tiles_KCGG.shape[1])
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .caching import cached
+from .rows import is_exporting
 
 
 def enlarge_rows(
@@ -30,6 +31,10 @@ def enlarge_rows(
     rows_R = rows_R.clamp(max=len(corners_P4) - 1)
     weights_R4 = weights_P4.index_select(0, rows_R).to(table.dtype)
     corners_R4 = corners_P4.index_select(0, rows_R)
+    if is_exporting():
+        # ONNX has no embedding_bag: it becomes a loop over rows.
+        pairs = zip(corners_R4.unbind(1), weights_R4.unbind(1), strict=True)
+        return sum(table.index_select(0, rows) * weight.unsqueeze(1) for rows, weight in pairs)
     return F.embedding_bag(corners_R4, table, per_sample_weights=weights_R4, mode='sum')
 
 

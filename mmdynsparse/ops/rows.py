@@ -17,6 +17,14 @@ def plain_inference(x: Tensor) -> bool:
     return x.device.type == 'cpu'
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces the model."""
+    # torch.compiler.is_exporting is a constant for Dynamo, true under torch.compile as well.
+    if getattr(torch.compiler, '_is_exporting_flag', False):
+        return True
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def shapes_may_vary(device: torch.device) -> bool:
     """Whether the shape of a tensor may depend on values, such as the number of kept windows.
 
@@ -28,13 +36,17 @@ def shapes_may_vary(device: torch.device) -> bool:
 def put_rows(table_PC: Tensor, rows_R: Tensor, values_RC: Tensor) -> None:
     """Do ``table_PC.index_copy_(0, rows_R, values_RC)`` in the form that is fastest on the device.
 
-    On a CPU that operator moves single numbers, which takes longer than 16 bytes at once.
+    On a CPU that operator moves single numbers, which takes longer than 16 bytes at once. Exported
+    to ONNX it would be a ScatterElements; ``index_put_`` is one ScatterND.
 
     Args:
         table_PC: The table; it is changed in place.
         rows_R: int64, which rows are written.
         values_RC: What they become, in the dtype of the table.
     """
+    if is_exporting():
+        table_PC.index_put_((rows_R,), values_RC)
+        return
     same = table_PC.dtype == values_RC.dtype
     # What is compiled must not come to ask for the memory layout.
     if plain_inference(table_PC) and same and _in_words(table_PC) and _in_words(values_RC):

@@ -27,6 +27,7 @@ from ...ops import (
     cell_mask,
     cell_table,
     enlarge_rows,
+    put_rows,
     region,
     sparse_table,
     table_map,
@@ -254,7 +255,7 @@ class SparseUPerHead(UPerHead):
             features = self._fuse_in_cells(first, coarse, cells, tuple(x.shape[2:]))
             kept = tile_rows(self.cls_seg(features))
         with region('scatter'):
-            table.index_copy_(0, cells.rows.inner, kept)
+            put_rows(table, cells.rows.inner, kept)
         return table_map(table, len(x), tuple(x.shape[2:]))
 
     def _first_in_cells(self, x: Tensor, coarse: Coarse, cells: KeptCells) -> Tensor:
@@ -265,7 +266,7 @@ class SparseUPerHead(UPerHead):
         kept = tile_rows(conv_module(self.fpn_convs[0], tiles, padding=0))
         near = cells.rows.near
         first = sparse_table(self._rows(coarse.fine_in, near, hw), near, size)
-        first.index_copy_(0, cells.rows.inner, kept)
+        put_rows(first, cells.rows.inner, kept)
         return first
 
     def _fuse_in_cells(

@@ -21,6 +21,7 @@ from ...ops import (
     Plan,
     cell_mask,
     keep_all,
+    put_rows,
     region,
     table_map,
     tile_rows,
@@ -140,7 +141,7 @@ class SparseRPNHead(RPNHead):
             # Of the convolution's dtype, which autocast may have chosen.
             table = kept[0].new_zeros(batch * hw[0] * hw[1] + 2, anchors + outs)
             table[:, :anchors] = -torch.inf
-            table.index_copy_(0, cells.rows.inner, torch.cat(kept, dim=1))
+            put_rows(table, cells.rows.inner, torch.cat(kept, dim=1))
         score, delta = table_map(table, batch, hw).split((anchors, outs), dim=1)
         return score, delta
 
