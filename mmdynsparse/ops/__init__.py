@@ -17,7 +17,7 @@ from .cells import (
 )
 from .linear import linear
 from .regions import REGIONS, region
-from .resize import enlarge_rows
+from .resize import enlarge_cells, enlarge_rows
 from .rows import is_exporting, put_rows
 from .select import (
     CLAMPED,

@@ -26,7 +26,9 @@ from ...ops import (
     cell_grid,
     cell_mask,
     cell_table,
+    enlarge_cells,
     enlarge_rows,
+    is_exporting,
     put_rows,
     region,
     sparse_table,
@@ -261,11 +263,11 @@ class SparseUPerHead(UPerHead):
     def _first_in_cells(self, x: Tensor, coarse: Coarse, cells: KeptCells) -> Tensor:
         """Return a table of the first level's outputs, filled where the tiles read it."""
         hw, size = tuple(x.shape[2:]), x.shape[0] * x.shape[2] * x.shape[3]
-        enlarged = partial(self._rows, coarse.lateral, hw=hw)
+        enlarged = partial(self._rows, coarse.lateral, cells, hw)
         tiles = cells.lateral_tiles(x, self.lateral_convs[0], enlarged)
         kept = tile_rows(conv_module(self.fpn_convs[0], tiles, padding=0))
         near = cells.rows.near
-        first = sparse_table(self._rows(coarse.fine_in, near, hw), near, size)
+        first = sparse_table(self._rows(coarse.fine_in, cells, hw, near), near, size)
         put_rows(first, cells.rows.inner, kept)
         return first
 
@@ -275,16 +277,23 @@ class SparseUPerHead(UPerHead):
         """Return the fused features of the kept cells, (K, C, g, g)."""
         total, rows = self._share(0, cells.tiles_of_table(first), padding=0), cells.rows
         if self.resolution:
-            rest = self._rows(coarse.rest, rows.inner, hw)
+            rest = self._rows(coarse.rest, cells, hw, rows.inner, halo=0)
             rest = rest.view(len(total), self.cell_size, self.cell_size, -1)
             return self._finish(total + rest.permute(0, 3, 1, 2))
         for level, out in enumerate(coarse.outs, 1):
-            table = sparse_table(self._rows(out, rows.near, hw), rows.near, len(first) - 2)
+            table = self._rows(out, cells, hw, rows.near)
+            table = sparse_table(table, rows.near, len(first) - 2)
             total += self._share(level, cells.tiles_of_table(table), padding=0)
         return self._finish(total)
 
-    def _rows(self, x: Tensor, rows_R: Tensor, hw: tuple[int, int]) -> Tensor:
+    def _rows(
+        self, x: Tensor, cells: KeptCells, hw: tuple[int, int], rows_R: Tensor, halo: int = 1
+    ) -> Tensor:
+        """Return rows of a map resized to ``hw``, those of the cells and their halo."""
+        twice = not self.align_corners and hw == tuple(2 * side for side in x.shape[2:])
         with region('gather'):
+            if is_exporting() and twice:
+                return enlarge_cells(x, cells.index, cells.size, halo)
             return enlarge_rows(x, rows_R, hw, self.align_corners)
 
 
