@@ -108,7 +108,7 @@ def check_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_image(path: str | None) -> None:
+def check_image(path: str | None, argument: str = '--image') -> None:
     """Raise a ValueError if the file of an image does not exist."""
     if path is not None and not os.path.isfile(path):
-        raise ValueError(f'--image must be an existing file, got {path!r}')
+        raise ValueError(f'{argument} must be an existing file, got {path!r}')

@@ -1,0 +1,158 @@
+"""Export of segmentors, and of detectors up to their dense head, to ONNX."""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnxscript  # noqa: F401  (what torch.onnx needs)
+import torch
+from torch import nn
+
+from ..models.decider import deciders
+from .graph import DetectorGraph, SegmentorGraph
+from .runtime import METADATA_KEY, Metadata
+
+# Operators that run one row after the other, or that only one runtime has.
+LOOPS = ('Loop', 'If', 'Scan')
+
+
+def build_graph(
+    model: nn.Module, size: tuple[int, int], argmax: bool = False
+) -> SegmentorGraph | DetectorGraph:
+    """Return the part of a model that is exported, in eval mode.
+
+    Args:
+        model: A segmentor of mmseg or a detector of mmdet.
+        size: Height and width of the images, in px.
+        argmax: Whether a segmentor returns classes in place of logits. Defaults to False.
+
+    Raises:
+        ValueError: If a sparse part's selector has no static shapes, or the model has no part
+            that can be exported.
+    """
+    for name, decider in deciders(model).items():
+        selector = decider.sparsity.selector
+        if selector != 'topk':
+            raise ValueError(
+                f"sparsity.selector must be 'topk' in an exported model, which keeps the same "
+                f'number of locations in every image, got {selector!r} in {name}'
+            )
+    if hasattr(model, 'decode_head'):
+        return SegmentorGraph(model, size, argmax).eval()
+    if argmax:
+        raise ValueError('argmax must be False for a detector, got True')
+    return DetectorGraph(model, size).eval()
+
+
+def describe(graph: SegmentorGraph | DetectorGraph, meta: dict | None) -> Metadata:
+    """Return what the file says of the model.
+
+    Args:
+        graph: What is exported.
+        meta: ``dataset_meta`` of the checkpoint, with classes and palette; None for names by
+            number and no colours.
+    """
+    meta, model = meta or {}, graph.model
+    head = getattr(model, 'decode_head', None)
+    classes = list(meta.get('classes') or ())
+    palette = [list(map(int, colour)) for colour in meta.get('palette') or ()]
+    if not classes and head is not None:
+        classes = [str(i) for i in range(head.num_classes)]
+    return Metadata(
+        outputs=list(graph.outputs),
+        size=graph.images.size,
+        padded_size=graph.images.padded_size,
+        classes=classes,
+        palette=palette,
+        # OpenMMLab's loaders give BGR; the graph turns it around where the model wants RGB.
+        channel_order='bgr',
+        align_corners=bool(getattr(head, 'align_corners', False)),
+        threshold=head.threshold if getattr(head, 'out_channels', None) == 1 else None,
+        keep_ratios={name: decider.keep_ratios for name, decider in deciders(model).items()},
+        **graph.images.channel_statistics(),
+    )
+
+
+def export_onnx(
+    graph: SegmentorGraph | DetectorGraph,
+    path: str | os.PathLike,
+    metadata: Metadata,
+    batch: int | None = 1,
+    opset: int = 20,
+) -> None:
+    """Write a model to an ONNX file.
+
+    The file is written whole or not at all.
+
+    Args:
+        graph: What ``build_graph`` returns.
+        path: The file, which must not exist.
+        metadata: What ``describe`` returns.
+        batch: Number of images of a call, or None for any number. Defaults to 1.
+        opset: Version of ONNX's operators, at least 18. Defaults to 20.
+
+    Raises:
+        ValueError: If the file exists, an argument is out of range, or the graph has operators
+            that loop, or that are not ONNX's own.
+    """
+    path = check_output(path)
+    if opset < 18:
+        raise ValueError(f'opset must be at least 18, got {opset}')
+    images = torch.zeros(batch or 2, 3, *graph.images.size, dtype=torch.uint8)
+    shapes = None if batch else dict(images={0: torch.export.Dim('batch')})
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', category=FutureWarning)
+        program = torch.onnx.export(
+            graph,
+            (images,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=['images'],
+            output_names=list(graph.outputs),
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    check_operators([(node.domain, node.op_type) for node in program.model.graph.all_nodes()])
+    program.model.metadata_props[METADATA_KEY] = json.dumps(metadata._asdict())
+    partial = path.with_name(f'{path.name}.partial')
+    try:
+        program.save(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """Check that a file may be written.
+
+    Raises:
+        ValueError: If its name does not end in '.onnx', it exists, or its folder does not.
+    """
+    path = Path(path)
+    if path.suffix != '.onnx':
+        raise ValueError(f"out must end in '.onnx', got {str(path)!r}")
+    if path.exists():
+        raise ValueError(f'out must not exist yet, got {str(path)!r}')
+    if not path.parent.is_dir():
+        raise ValueError(f'out must be in an existing folder, got {str(path)!r}')
+    return path
+
+
+def check_operators(operators: Sequence[tuple[str, str]]) -> None:
+    """Check the domains and types of a graph's operators.
+
+    Raises:
+        ValueError: If one loops or is not of ONNX's own domain.
+    """
+    wrong = {
+        f'{domain}::{kind}' if domain else kind
+        for domain, kind in operators
+        if domain not in ('', 'ai.onnx') or kind in LOOPS or kind.startswith('Sequence')
+    }
+    if wrong:
+        raise ValueError(
+            'the exported graph must hold operators of ONNX without loops alone, '
+            f'got {", ".join(sorted(wrong))}'
+        )
