@@ -78,6 +78,9 @@ class Session:
                 f'backend {backend!r} must be installed: pip install mmdynsparse[{extra}] '
                 f'(got {type(error).__name__}: {error})'
             ) from None
+        except Exception as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise ValueError(f'path must be an ONNX file, got {str(path)!r} ({reason})') from error
         if text is None:
             raise ValueError(f'path must be a file of export_onnx.py, got {str(path)!r}')
         entries = json.loads(text)
@@ -125,7 +128,7 @@ class ExportedSegmentor:
             size: Height and width of the mask. Defaults to None, those of the image.
 
         Returns:
-            (H, W) uint8, or int64 where there are more than 256 classes.
+            (H, W) uint8, or int32 where there are more than 256 classes.
 
         Raises:
             ValueError: If the image has another shape or dtype.
@@ -138,8 +141,8 @@ class ExportedSegmentor:
         (output,) = self._session(inputs)
         size = size or image.shape[:2]
         if self.metadata.outputs == ['mask']:
-            mask = output[0, : inside[0], : inside[1]]
-            return _narrow(_resize(mask, size, nearest=True), len(self.metadata.classes))
+            mask = _narrow(output[0, : inside[0], : inside[1]], len(self.metadata.classes))
+            return _resize(mask, size, nearest=True)
         logits = np.ascontiguousarray(output[0].transpose(1, 2, 0))
         logits = _resize(logits, self.metadata.padded_size, corners=self.metadata.align_corners)
         logits = _resize(
@@ -184,20 +187,25 @@ def _resize(
 ) -> np.ndarray:
     if x.shape[:2] == tuple(size):
         return x
+    if corners:
+        return _between_corners(_between_corners(x, size[0]).swapaxes(0, 1), size[1]).swapaxes(0, 1)
     import cv2  # not needed where all images have the exported size
 
-    if corners:
-        h, w = ((old - 1) / max(new - 1, 1) for old, new in zip(x.shape, size, strict=False))
-        matrix = np.array([[w, 0, 0], [0, h, 0]], np.float32)
-        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        return cv2.warpAffine(x, matrix, size[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
     kind = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR
-    shape = x.shape[2:]
-    return cv2.resize(x, tuple(size[::-1]), interpolation=kind).reshape(*size, *shape)
+    resized = cv2.resize(x, tuple(size[::-1]), interpolation=kind)
+    return resized.reshape(*size, *x.shape[2:])  # OpenCV drops a single channel
+
+
+def _between_corners(x: np.ndarray, size: int) -> np.ndarray:
+    """Resize the first axis linearly; its first and last entries stay what they are."""
+    at = np.linspace(0, len(x) - 1, size, dtype=np.float32)
+    before = np.minimum(at.astype(np.int64), max(len(x) - 2, 0))
+    weight = (at - before).reshape(-1, *[1] * (x.ndim - 1))
+    return x[before] * (1 - weight) + x[np.minimum(before + 1, len(x) - 1)] * weight
 
 
 def _narrow(mask: np.ndarray, classes: int) -> np.ndarray:
-    return mask.astype(np.uint8 if classes <= 256 else np.int64)
+    return mask.astype(np.uint8 if classes <= 256 else np.int32)
 
 
 def _onnxruntime(path: str, threads: int | None) -> tuple[Callable, str | None]:

@@ -92,7 +92,7 @@ def kept_cells(plan: Plan, x_BCHW: Tensor, level: int = 0) -> KeptCells:
     """
     size = plan.decision.cell_size >> level
     with region('gather'):
-        rows = cell_rows(plan.kept, len(x_BCHW), tuple(x_BCHW.shape[2:]), size, halo=1)
+        rows = cell_rows(plan.kept, x_BCHW.shape[0], tuple(x_BCHW.shape[2:]), size, halo=1)
     return KeptCells(plan.kept, rows, size)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops import is_exporting
 from .plain import is_plain
 
 
@@ -27,8 +28,9 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, halo: int = 0) -> Ten
     """
     if norm.training or not can_fold(conv, norm):
         return norm(convolve(x, conv, halo))
+    # What is exported has weights that are folded once.
     outputs = conv.out_channels * x.shape[0] * x.shape[2] * x.shape[3] // prod(conv.stride)
-    if conv.weight.numel() >= outputs:
+    if not is_exporting() and conv.weight.numel() >= outputs:
         return norm(convolve(x, conv, halo))
     geometry = (conv.stride, 0 if halo else conv.padding, conv.dilation, conv.groups)
     return F.conv2d(x, *fold_norm(conv, norm), *geometry)

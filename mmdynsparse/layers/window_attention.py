@@ -187,7 +187,7 @@ class ShiftWindowMSA(BaseModule):
     def _attend(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
         if is_exporting():  # cutting and rolling would be a dozen copies; an index is one
             everything = torch.arange(x_BNC.shape[0] * x_BNC.shape[1], device=x_BNC.device)
-            rows = self.kept_rows(everything, len(x_BNC), hw)
+            rows = self.kept_rows(everything, x_BNC.shape[0], hw)
             return self._attend_kept(x_BNC.flatten(0, 1), hw, rows).view_as(x_BNC)
         m, size, shift = self.w_msa, self.window_size, self.shift(hw)
         qkv = m.qkv(x_BNC).unflatten(1, hw)
@@ -214,7 +214,7 @@ class ShiftWindowMSA(BaseModule):
         qkv, c = self.w_msa.qkv, x_RC.shape[1]
         parts = 3 if rows.queries is None else 2
         padded_RC = x_RC
-        if rows.kv_rows.numel() > parts * len(x_RC) * self.w_msa.num_heads:
+        if rows.kv_rows.numel() > parts * x_RC.shape[0] * self.w_msa.num_heads:
             # Slots in the padding hold a zero token; its keys and values are the biases.
             padded_RC = torch.cat((x_RC, x_RC.new_zeros(1, c)))
         if rows.queries is None:

@@ -22,6 +22,7 @@ from ..ops import (
     select_decision,
 )
 from ..registry import MODELS
+from .features import decisions_of
 from .sparsity import BACKBONE, CellSparsity, Sparsity
 
 
@@ -219,7 +220,7 @@ class Decider(nn.Module):
             self._warn_without_loss(ratio, exact)
             return sample_decision(log_probs_BN2, hw, ratio, selector, cell_size, exact, among_BN)
         if ratio >= 1:
-            everything = keep_all(len(log_probs_BN2), hw, log_probs_BN2.device, cell_size)
+            everything = keep_all(log_probs_BN2.shape[0], hw, log_probs_BN2.device, cell_size)
             return everything._replace(scores=log_probs_BN2[..., 0].float())
         among_ratio = 1.0 if among_BN is None else self.keep_ratios[index - 1]
         return select_decision(log_probs_BN2, hw, ratio, selector, cell_size, among_BN, among_ratio)
@@ -240,12 +241,12 @@ class Decider(nn.Module):
             ValueError: If the backbone's predictors are to be followed, and the inputs carry no
                 decisions.
         """
-        everything = keep_all(len(inputs[0]), hw, inputs[0].device, self.sparsity.cell_size)
+        everything = keep_all(inputs[0].shape[0], hw, inputs[0].device, self.sparsity.cell_size)
         if self.keeps_all(learns=self.training and self.predictor is not None):
             return everything
         if not self.follows:
             return None
-        decisions = getattr(inputs, 'decisions', ())
+        decisions = decisions_of(inputs)
         if not decisions:
             raise ValueError(
                 "sparsity.predictor 'backbone' needs feature maps that carry decisions, from a "

@@ -39,5 +39,20 @@ class Features(tuple):
 
 
 def with_decisions(maps: Iterable[Tensor], decisions: Sequence[Decision]) -> tuple:
-    """Return :class:`Features`, or a plain tuple while an export allows torch's types alone."""
-    return tuple(maps) if is_exporting() else Features(maps, decisions)
+    """Return :class:`Features`, or a plain tuple while an export allows torch's types alone.
+
+    The first map then carries the decisions to what is exported together with it.
+    """
+    if not is_exporting():
+        return Features(maps, decisions)
+    maps = tuple(maps)
+    if not torch.compiler.is_dynamo_compiling():
+        maps[0].decisions = tuple(decisions)
+    return maps
+
+
+def decisions_of(maps: Sequence[Tensor]) -> tuple[Decision, ...]:
+    """Return the decisions that feature maps carry, none if something else has made them."""
+    if is_exporting():
+        return getattr(maps[0], 'decisions', ())
+    return getattr(maps, 'decisions', ())

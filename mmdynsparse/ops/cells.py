@@ -84,8 +84,8 @@ def cell_rows(cells_K: Tensor, batch: int, hw: tuple[int, int], size: int, halo:
     inner = torch.where(inner == rows, rows + 1, inner)
     if not shapes_may_vary(device):
         # A row that lies in several tiles counts once for each.
-        slots = torch.arange(len(tile), device=device)
-        tile_of_near = torch.where(tile == rows, len(tile), slots)
+        slots = torch.arange(tile.shape[0], device=device)
+        tile_of_near = torch.where(tile == rows, tile.shape[0], slots)
         return CellRows(inner, tile, tile.clamp(max=rows - 1), tile_of_near)
     covered = torch.zeros(rows + 1, dtype=torch.bool, device=device).index_fill_(0, tile, True)
     near = covered[:rows].nonzero().squeeze(1)

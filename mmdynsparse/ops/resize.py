@@ -28,7 +28,7 @@ def enlarge_rows(
     b, c, *small = x_BCHW.shape
     table = x_BCHW.permute(0, 2, 3, 1).reshape(-1, c)
     corners_P4, weights_P4 = _corners(b, hw, tuple(small), align_corners, x_BCHW.device)
-    rows_R = rows_R.clamp(max=len(corners_P4) - 1)
+    rows_R = rows_R.clamp(max=corners_P4.shape[0] - 1)
     weights_R4 = weights_P4.index_select(0, rows_R).to(table.dtype)
     corners_R4 = corners_P4.index_select(0, rows_R)
     if is_exporting():

@@ -95,10 +95,14 @@ def plan(
         return DENSE
     if form != 'masked':
         rows = kept_and_dropped(decision)
-        pays = has_fast_path or len(rows[0]) <= break_even * decision.mask.numel()
+        batch, n = decision.mask.shape
+        if decision.count is None:
+            pays = has_fast_path or rows[0].shape[0] <= break_even * batch * n
+        else:  # the same, without the batch, which may be a symbol while a model is exported
+            pays = has_fast_path or decision.count <= break_even * n
         if pays or form == 'triton':
             if not of_cells and decision.cell_size > 1:
-                batch, hw, size = len(decision.mask), decision.hw, decision.cell_size
+                hw, size = decision.hw, decision.cell_size
                 rows = [cell_positions(cells, batch, hw, size) for cells in rows]
             return Plan(form, decision, None, *rows)
     return Plan('masked', decision, location_mask(decision))

@@ -21,9 +21,10 @@ from .caching import cached
 from .cells import cell_grid
 from .rows import plain_inference, shapes_may_vary
 
-# Share of windows that attend, or of tokens with a query, above which all of them do: no more than
-# a tenth would be saved.
-BREAK_EVEN = 0.9
+# Tenths of the windows that attend, or of the tokens with a query, above which all of them do: no
+# more than one tenth would be saved. Whole numbers, which an exporter can compare where the batch
+# is a symbol.
+BREAK_EVEN_TENTHS = 9
 
 
 def window_partition(
@@ -227,17 +228,17 @@ def kept_window_rows(
     if shapes_may_vary(device):
         holds = torch.zeros(len(place_AT), dtype=torch.bool, device=device)
         holds = holds.index_fill_(0, window_K, True)
-        if holds.sum() <= BREAK_EVEN * len(holds):
+        if 10 * holds.sum() <= BREAK_EVEN_TENTHS * len(holds):
             windows = holds.nonzero().squeeze(1)
             tokens, place_AT = _places(place_AT.index_select(0, windows), count)
             count = len(tokens)
             window_K = (holds.cumsum(0) - 1).index_select(0, window_K)
             queries = place_AT.flatten().index_select(0, window_K * t + offset_K)
     out_rows = _out_rows(window_K, offset_K, t, heads)
-    if not 0 < len(kept_K) <= BREAK_EVEN * count:
+    if not 0 < 10 * kept_K.shape[0] <= BREAK_EVEN_TENTHS * count:
         return WindowRows(windows, tokens, None, None, _head_rows(place_AT, 3, heads), out_rows)
     query_of = torch.zeros(count + 1, dtype=torch.int64, device=device)
-    query_of = query_of.index_copy(0, queries, torch.arange(len(queries), device=device))
+    query_of = query_of.index_copy(0, queries, torch.arange(queries.shape[0], device=device))
     q_rows = _head_rows(query_of[place_AT], 1, heads)
     return WindowRows(windows, tokens, queries, q_rows, _head_rows(place_AT, 2, heads), out_rows)
 

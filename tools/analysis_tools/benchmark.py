@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mmdynsparse.analysis.backends import BACKENDS, backend_table, run_backends
 from mmdynsparse.analysis.benchmark import Plan, run_benchmark
 from mmdynsparse.analysis.dense import Pair
 from mmdynsparse.analysis.environment import environment
@@ -28,6 +29,8 @@ from mmdynsparse.utils.command_line.arguments import (
     keep_ratio,
 )
 from mmdynsparse.utils.command_line.errors import keep_partial, one_line_errors
+
+EXPORTED = ('cpu', 'fp32', 'eager', None)
 
 
 def build_parser() -> AnalysisParser:
@@ -65,6 +68,13 @@ def build_parser() -> AnalysisParser:
         '--rounds', type=at_least(1), default=30, help='timed calls of each variant'
     )
     parser.add_argument('--warmup', type=at_least(0), default=3, help='calls before them')
+    parser.add_argument(
+        '--backends',
+        nargs='+',
+        choices=BACKENDS,
+        default=(),
+        help='time what is exported of the models in these instead of the parts',
+    )
     parser.add_argument('--image', help='file of an image, which is resized; noise without one')
     return parser
 
@@ -77,6 +87,11 @@ def make_plan(args: argparse.Namespace, scope: str, pair: Pair) -> Plan:
     """
     check_sizes(args.sizes, pair)
     check_image(args.image)
+    if args.backends and (args.device, args.dtype, args.mode, args.image) != EXPORTED:
+        raise ValueError(
+            "--backends needs --device 'cpu', --dtype 'fp32', --mode 'eager' and no --image, got "
+            f'{args.device!r}, {args.dtype!r}, {args.mode!r} and {args.image!r}'
+        )
     if args.mode == 'cudagraph' and args.device != 'cuda':
         raise ValueError("--mode 'cudagraph' needs --device 'cuda', got 'cpu'")
     has = available_parts(pair.sparse)
@@ -109,7 +124,7 @@ def describe(args: argparse.Namespace, plan: Plan, pair: Pair) -> dict:
         weights=args.checkpoint or 'random',
         dtype=args.dtype if args.dtype == 'fp32' else f'{args.dtype} weights, autocast',
         mode=plan.mode,
-        parts=', '.join(plan.parts),
+        parts=', '.join(args.backends or plan.parts),
         batch_sizes=', '.join(map(str, plan.batch_sizes)),
         sizes=', '.join(f'{h}x{w}' for h, w in plan.sizes),
         keep_ratios='; '.join(map(str, ratios)),
@@ -131,7 +146,8 @@ def measure(groups: Iterator[list[dict]], result: dict, out: Path | None) -> Non
             for rows in groups:
                 result['rows'] += rows
                 last = rows[0]
-                print(f'measured {last["part"]}, batch {last["batch"]}, {last["size"]}', flush=True)
+                part = last.get('part', 'all backends')
+                print(f'measured {part}, batch {last["batch"]}, {last["size"]}', flush=True)
                 if out:
                     write_json(result, out / 'benchmark.json')
     finally:
@@ -143,6 +159,9 @@ def report(result: dict, out: Path | None) -> None:
     if out:
         write_json(result, out / 'benchmark.json')
     if not result['rows']:
+        return
+    if 'backend' in result['rows'][0]:
+        backend_table(result['rows'])
         return
     latency_table(result['rows'])
     breakdown_tables(result['rows'])
@@ -166,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = make_plan(args, cfg.default_scope, pair)
         result = dict(setting=describe(args, plan, pair), rows=[])
         print_setting(result['setting'])
-        measure(run_benchmark(pair, plan), result, Path(args.out) if args.out else None)
+        backends = run_backends(pair, plan, args.backends) if args.backends else None
+        measure(backends or run_benchmark(pair, plan), result, Path(args.out) if args.out else None)
 
 
 if __name__ == '__main__':

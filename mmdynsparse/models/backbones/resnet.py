@@ -216,7 +216,7 @@ class SparseResNet(StagedBackbone):
                 return in_cells(x, blocks, plan)
             # Cells are not what a hook on a block expects.
             plan = Plan('masked', plan.decision, location_mask(plan.decision))
-        mask = None if plan.mask is None else plan.mask.view(len(x), 1, *x.shape[2:])
+        mask = None if plan.mask is None else plan.mask.view(x.shape[0], 1, *x.shape[2:])
         for block in blocks:
             x = block(x, mask)
         return x
@@ -303,7 +303,7 @@ class SparseResNetV1d(SparseResNet):
 
 def in_cells(x: Tensor, blocks: Sequence[ResidualBlock], plan: Plan) -> Tensor:
     """Run blocks in the kept cells of a map, on a copy that they update in place."""
-    batch, hw, size = len(x), tuple(x.shape[2:]), plan.decision.cell_size
+    batch, hw, size = x.shape[0], tuple(x.shape[2:]), plan.decision.cell_size
     with region('gather'):
         table = cell_table(x)
         dropped = cell_rows(plan.dropped, batch, hw, size, 0).inner

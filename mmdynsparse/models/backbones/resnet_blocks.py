@@ -180,7 +180,7 @@ class ResidualBlock(Block):
         kept = cells.kept
         # Both paths read the table before either writes to it.
         slow = None
-        if len(kept.inner) > 0:
+        if kept.inner.shape[0] > 0:
             with region('slow path'):
                 slow = self._branch_in_cells(table, cells).to(table.dtype)
             with region('gather'):
@@ -254,7 +254,7 @@ class BasicBlock(ResidualBlock):
         margin = self.halo - 1
         x = self.relu(conv_norm(x, *first, halo=margin))
         # The second convolution is padded with zeros, not with what the first gives there.
-        inside = tile.view(-1, 1, side, side) < len(table) - 2
+        inside = tile.view(-1, 1, side, side) < table.shape[0] - 2
         x = x * inside[:, :, margin:-margin, margin:-margin].to(x.dtype)
         return tile_rows(conv_norm(x, *second, halo=1))
 

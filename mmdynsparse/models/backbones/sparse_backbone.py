@@ -257,7 +257,7 @@ class StagedBackbone(SparseBackbone):
         size = self.sparsity.cell_size[stage] if self.sparsity.cell_size else 1
         learns = (self.stages[stage] if predictor is None else predictor).training
         if self.decider.keeps_all(index, learns):
-            return keep_all(len(x), hw, x.device, size)
+            return keep_all(x.shape[0], hw, x.device, size)
         if predictor is not None:
             cells_BNC = self.decider.cells(x, size, predictor)
             return self.decider.predict(cells_BNC, hw, size, index, predictor)

@@ -267,7 +267,7 @@ class SparseSwinTransformer(StagedBackbone):
             shift = block.attn.shift(hw)
             if self.sparse_attention and plan.gathers and shift not in rows:
                 with region('gather'):
-                    rows[shift] = block.attn.kept_rows(plan.kept, len(x), hw)
+                    rows[shift] = block.attn.kept_rows(plan.kept, x.shape[0], hw)
             x = block(x, hw, plan, rows.get(shift))
         return _map(x, hw)
 

@@ -235,7 +235,7 @@ class SparseVisionTransformer(SparseBackbone):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x, hw = self.patch_embed(x)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         cls_pos, pos = self.pos_embed.split((1, self.pos_embed.shape[1] - 1), dim=1)
         pos = resize_pos_embed(pos, self.pos_hw, hw, self.interpolate_mode)
         x = self.drop_after_pos(x + torch.cat((cls_pos, pos), dim=1))

@@ -247,7 +247,7 @@ class SparseUPerHead(UPerHead):
     def _in_cells(self, x: Tensor, coarse: Coarse, plan: Plan) -> Tensor:
         """Compute the fine path in the kept cells alone."""
         logits = self._enlarge(coarse.logits, x)
-        if len(plan.kept) == 0:
+        if plan.kept.shape[0] == 0:
             return logits
         with region('gather'):
             cells = kept_cells(plan, x)
@@ -258,7 +258,7 @@ class SparseUPerHead(UPerHead):
             kept = tile_rows(self.cls_seg(features))
         with region('scatter'):
             put_rows(table, cells.rows.inner, kept)
-        return table_map(table, len(x), tuple(x.shape[2:]))
+        return table_map(table, x.shape[0], tuple(x.shape[2:]))
 
     def _first_in_cells(self, x: Tensor, coarse: Coarse, cells: KeptCells) -> Tensor:
         """Return a table of the first level's outputs, filled where the tiles read it."""
@@ -278,11 +278,11 @@ class SparseUPerHead(UPerHead):
         total, rows = self._share(0, cells.tiles_of_table(first), padding=0), cells.rows
         if self.resolution:
             rest = self._rows(coarse.rest, cells, hw, rows.inner, halo=0)
-            rest = rest.view(len(total), self.cell_size, self.cell_size, -1)
+            rest = rest.view(total.shape[0], self.cell_size, self.cell_size, -1)
             return self._finish(total + rest.permute(0, 3, 1, 2))
         for level, out in enumerate(coarse.outs, 1):
             table = self._rows(out, cells, hw, rows.near)
-            table = sparse_table(table, rows.near, len(first) - 2)
+            table = sparse_table(table, rows.near, first.shape[0] - 2)
             total += self._share(level, cells.tiles_of_table(table), padding=0)
         return self._finish(total)
 

@@ -28,6 +28,7 @@ from ...ops import (
 )
 from ...registry import MODELS
 from ..decider import Decider
+from ..features import decisions_of
 from ..sparsity import CellSparsity
 
 SPARSE_LEVELS = 2
@@ -100,7 +101,7 @@ class SparseRPNHead(RPNHead):
         """Return the neck's decision, or make one."""
         hw = tuple(x[0].shape[2:])
         if not self.decider.keep_ratios:
-            decisions = getattr(x, 'decisions', ())
+            decisions = decisions_of(x)
             # A backbone's decisions are not about these maps.
             if not decisions or decisions[-1].hw != hw or decisions[-1].cell_size % 2:
                 raise ValueError(
@@ -110,7 +111,7 @@ class SparseRPNHead(RPNHead):
                 )
             return decisions[-1]
         if self.decider.keeps_all(learns=self.training):
-            decision = keep_all(len(x[0]), hw, x[0].device, self.cell_size)
+            decision = keep_all(x[0].shape[0], hw, x[0].device, self.cell_size)
         else:
             check_half_size('RPN head', hw, tuple(x[1].shape[2:]), self.cell_size)
             cells_BNC = self.decider.cells(x[1], self.cell_size // 2)
@@ -130,7 +131,7 @@ class SparseRPNHead(RPNHead):
         return score * mask + DROPPED_LOGIT * (1 - mask), delta * mask
 
     def _in_cells(self, x: Tensor, plan: Plan, level: int) -> tuple[Tensor, Tensor]:
-        batch, hw = len(x), tuple(x.shape[2:])
+        batch, hw = x.shape[0], tuple(x.shape[2:])
         anchors, outs = self.rpn_cls.out_channels, self.rpn_reg.out_channels
         cells = kept_cells(plan, x, level)
         tiles = cells.tiles_of_map(x)

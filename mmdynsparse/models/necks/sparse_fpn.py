@@ -144,7 +144,7 @@ class SparseFPN(FPN):
         self, level: int, x: Tensor, coarse: Tensor | None, light: Tensor, plan: Plan
     ) -> Tensor:
         hw = tuple(x.shape[2:])
-        if len(plan.kept) == 0:
+        if plan.kept.shape[0] == 0:
             return F.interpolate(light, hw)
         cells = kept_cells(plan, x, level)
         if coarse is None:
@@ -184,7 +184,7 @@ class SparseFPN(FPN):
 
 def _enlarged_rows(x_BCHW: Tensor, hw: tuple[int, int], rows_R: Tensor) -> Tensor:
     """Return chosen rows of a map, enlarged to ``hw`` by copying the nearest, (R, C)."""
-    sources = _nearest_rows(len(x_BCHW), hw, tuple(x_BCHW.shape[2:]), x_BCHW.device)
+    sources = _nearest_rows(x_BCHW.shape[0], hw, tuple(x_BCHW.shape[2:]), x_BCHW.device)
     return x_BCHW.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sources[rows_R])
 
 
