@@ -176,13 +176,16 @@ class ShiftWindowMSA(BaseModule):
         with region('attention'):
             return self._attend(x, hw) if rows is None else self._attend_kept(x, hw, rows)
 
-    def kept_rows(self, kept_K: Tensor, batch: int, hw: tuple[int, int]) -> WindowRows:
+    def kept_rows(
+        self, kept_K: Tensor, batch: int, hw: tuple[int, int], cells_A: Tensor | None = None
+    ) -> WindowRows:
         """Find what ``forward`` reads, see :func:`mmdynsparse.ops.kept_window_rows`.
 
         It depends on the decision, the map and the shift.
         """
         heads = self.w_msa.num_heads
-        return kept_window_rows(kept_K, batch, hw, self.window_size, self.shift(hw), heads)
+        windows = (self.window_size, self.shift(hw))
+        return kept_window_rows(kept_K, batch, hw, *windows, heads, cells_A)
 
     def _attend(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
         if is_exporting():  # cutting and rolling would be a dozen copies; an index is one
@@ -214,7 +217,7 @@ class ShiftWindowMSA(BaseModule):
         qkv, c = self.w_msa.qkv, x_RC.shape[1]
         parts = 3 if rows.queries is None else 2
         padded_RC = x_RC
-        if rows.kv_rows.numel() > parts * x_RC.shape[0] * self.w_msa.num_heads:
+        if rows.padded:
             # Slots in the padding hold a zero token; its keys and values are the biases.
             padded_RC = torch.cat((x_RC, x_RC.new_zeros(1, c)))
         if rows.queries is None:

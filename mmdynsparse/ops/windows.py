@@ -179,6 +179,7 @@ class WindowRows(NamedTuple):
             read the row behind the last token.
         out_rows: (K * heads,) int64, rows of a (A, heads, T) table of results: those of the kept
             tokens.
+        padded: Whether a slot reads the row behind the last token.
     """
 
     windows: Tensor | None
@@ -187,6 +188,7 @@ class WindowRows(NamedTuple):
     q_rows: Tensor | None
     kv_rows: Tensor
     out_rows: Tensor
+    padded: bool
 
 
 @cached
@@ -204,23 +206,34 @@ def window_layout(
 
 
 def kept_window_rows(
-    kept_K: Tensor, batch: int, hw: tuple[int, int], window_size: int, shift: int, heads: int
+    kept_K: Tensor,
+    batch: int,
+    hw: tuple[int, int],
+    window_size: int,
+    shift: int,
+    heads: int,
+    cells_A: Tensor | None = None,
 ) -> WindowRows:
     """Find the rows of the windows that hold a kept token, and of the kept tokens in them.
 
     How many windows there are depends on the decision. Where shapes may not depend on it
-    (``shapes_may_vary``) all windows attend.
+    (``shapes_may_vary``) all windows attend, or those that are cells of the decision.
 
     Args:
-        kept_K: Positions in the flattened (B * N) batch of tokens, int64.
+        kept_K: Positions in the flattened (B * N) batch of tokens, int64, as of
+            ``cell_positions``.
         batch: Number of images.
         hw: Height and width of the maps.
         window_size: Side of a window, in tokens.
         shift: Cyclic shift, in tokens.
         heads: Attention heads.
+        cells_A: Positions of the kept cells if these are as large as windows, which are then
+            known without a look at the tokens. Used without shift. Defaults to None.
     """
     device, t, count = kept_K.device, window_size**2, batch * hw[0] * hw[1]
     layout = window_layout(batch, hw, window_size, shift, device)
+    if cells_A is not None and shift == 0 and not shapes_may_vary(device):
+        return _whole_cells(kept_K, cells_A, layout.tokens.flatten(0, 1) < count, heads)
     slot_K = layout.slots.flatten().index_select(0, kept_K)
     window_K = slot_K // t
     offset_K = slot_K - window_K * t
@@ -236,11 +249,26 @@ def kept_window_rows(
             queries = place_AT.flatten().index_select(0, window_K * t + offset_K)
     out_rows = _out_rows(window_K, offset_K, t, heads)
     if not 0 < 10 * kept_K.shape[0] <= BREAK_EVEN_TENTHS * count:
-        return WindowRows(windows, tokens, None, None, _head_rows(place_AT, 3, heads), out_rows)
+        rows = (None, None, _head_rows(place_AT, 3, heads), out_rows)
+        return WindowRows(windows, tokens, *rows, place_AT.numel() > count)
     query_of = torch.zeros(count + 1, dtype=torch.int64, device=device)
     query_of = query_of.index_copy(0, queries, torch.arange(queries.shape[0], device=device))
     q_rows = _head_rows(query_of[place_AT], 1, heads)
-    return WindowRows(windows, tokens, queries, q_rows, _head_rows(place_AT, 2, heads), out_rows)
+    rows = (queries, q_rows, _head_rows(place_AT, 2, heads), out_rows)
+    return WindowRows(windows, tokens, *rows, place_AT.numel() > count)
+
+
+def _whole_cells(kept_K: Tensor, cells_A: Tensor, inside_LT: Tensor, heads: int) -> WindowRows:
+    """Find the rows of windows that are the kept cells, with static shapes: K = A * T."""
+    inside_AT = inside_LT.index_select(0, cells_A)
+    entry_K, t = torch.arange(kept_K.shape[0], device=kept_K.device), inside_AT.shape[1]
+    place_AT = entry_K.view(inside_AT.shape).where(inside_AT, kept_K.shape[0])
+    # What is outside of the map repeats the first token of its cell.
+    offset_K = (entry_K % t) * inside_AT.flatten()
+    out_rows = _out_rows(entry_K // t, offset_K, t, heads)
+    return WindowRows(
+        cells_A, kept_K, None, None, _head_rows(place_AT, 3, heads), out_rows, padded=True
+    )
 
 
 def _places(token_AT: Tensor, padding: int) -> tuple[Tensor, Tensor]:

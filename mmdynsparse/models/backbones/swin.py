@@ -18,7 +18,7 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA
-from ...ops import Plan, WindowRows, region, two_paths
+from ...ops import Plan, WindowRows, kept_and_dropped, region, two_paths
 from ...ops.kernels import MlpWeights
 from ...registry import MODELS
 from ...utils.checkpoints import resize_bias_table, resize_pos_embed
@@ -267,7 +267,9 @@ class SparseSwinTransformer(StagedBackbone):
             shift = block.attn.shift(hw)
             if self.sparse_attention and plan.gathers and shift not in rows:
                 with region('gather'):
-                    rows[shift] = block.attn.kept_rows(plan.kept, x.shape[0], hw)
+                    are_windows = plan.decision.cell_size == block.attn.window_size
+                    cells = kept_and_dropped(plan.decision)[0] if are_windows else None
+                    rows[shift] = block.attn.kept_rows(plan.kept, x.shape[0], hw, cells)
             x = block(x, hw, plan, rows.get(shift))
         return _map(x, hw)
 

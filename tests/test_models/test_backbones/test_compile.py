@@ -23,9 +23,12 @@ SLOW = {'SparseResNetV1c'}
 NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in BACKBONES]
 # Everything that is off by default; cells reach beyond the maps.
 SHARED = dict(locations={0: (0,), 1: (1,), 2: (0,), 3: (0,)}, follow=(1, 3), cell_size=(5, 3, 2, 1))
+WINDOWS = dict(locations={0: (0,), 1: (0,)}, cell_size=(7, 7, 1, 1))
 ATTENTION = dict(locations={0: (3,)}, predictor=dict(type='mmdynsparse.AttentionScore'))
 OPTIONS = {
     'sparse attention': ('SparseSwinTransformer', dict(SHARED, attention=True)),
+    # Without shift the windows are those of the kept cells.
+    'cells of the size of windows': ('SparseSwinTransformer', dict(WINDOWS, attention=True)),
     'scores by attention': ('SparseVisionTransformer', ATTENTION),
 }
 NAMES += OPTIONS
