@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images
+from mmdynsparse.analysis.models import load_weights
 from mmdynsparse.models.decider import deciders
-from mmdynsparse.utils.checkpoints import check_weights, is_new, read_checkpoint
 from mmdynsparse.utils.command_line.arguments import AnalysisParser, at_least, check_device
 from mmdynsparse.utils.command_line.data_checks import check_data
 from mmdynsparse.utils.command_line.errors import one_line_errors
@@ -49,13 +49,7 @@ def load_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
     if not deciders(model):
         raise ValueError(f'config must have a sparse part, got none in {args.config}')
     if args.checkpoint:
-        checkpoint = read_checkpoint('checkpoint', args.checkpoint)
-        weights = checkpoint.get('state_dict', checkpoint)
-        fresh = {k: v for k, v in model.state_dict().items() if is_new(k)}
-        if fresh and not fresh.keys() & weights.keys():
-            print('a dense checkpoint: the predictors are random')
-            weights.update(fresh)
-        check_weights(model, weights, args.checkpoint)
+        load_weights(model, args.checkpoint)
     return model.to(device).eval()
 
 
