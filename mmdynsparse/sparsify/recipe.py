@@ -94,8 +94,10 @@ def _schedule(cfg: Mapping) -> dict:
     schedulers = schedulers if isinstance(schedulers, list | tuple) else [schedulers]
     schedulers = [scheduler | _shortened(scheduler, share) for scheduler in schedulers]
     schedulers = [s for s in schedulers if s.get('begin', 0) < s.get('end', math.inf)]
-    hooks = dict(checkpoint=dict(interval=interval))
-    return dict(train_cfg=changed, param_scheduler=schedulers, default_hooks=hooks)
+    changes = dict(train_cfg=changed, param_scheduler=schedulers)
+    if (cfg.get('default_hooks') or {}).get('checkpoint'):
+        changes['default_hooks'] = dict(checkpoint=dict(interval=interval))
+    return changes
 
 
 def _own_hooks(cfg: Mapping) -> list[dict]:
