@@ -93,14 +93,18 @@ def report(draft: Draft, measured: Measured, sparse: nn.Module, setting: str) ->
     rows = []
     for name, count in measured.gmacs.items():
         latency = measured.latency.get(name)
-        cells = [f'{count:.2f}', f'{measured.gmacs["dense"] / count:.2f} x']
+        fewer = measured.gmacs['dense'] / count
+        cells = [f'{count:.2f}', f'{fewer:.2f} x' + (', more' if fewer < 1 else '')]
         if latency:
             speed_up = measured.latency['dense'].median / latency.median
-            slower = ', slower' if speed_up < 1 else ''
-            cells += [f'{latency.median:.0f}', f'{speed_up:.2f} x{slower}']
+            cells.append(f'{latency.median:.0f}')
+            cells.append(f'{speed_up:.2f} x' + (', slower' if speed_up < 1 else ''))
         rows.append((name, *cells))
     header = ('model', 'GMACs', 'fewer', 'median ms', 'faster')[: len(rows[0])]
     print_table(f'whole model, {setting}', header, rows)
+    if measured.gmacs['sparse'] > measured.gmacs['dense']:
+        print('more multiply-adds than dense: halos of cells cost more than is saved, so leave the')
+        print('backbone out of --parts or give a --budget')
     if ratios := keep_ratios(sparse):
         print('keep ratios:', ' '.join(f'{ratio:g}' for ratio in ratios))
 

@@ -9,9 +9,11 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..engine.distillation import logit_heads
+from ..engine.hooks.distillation_hook import EMPTY_IMAGE
 from ..models.decider import deciders
 
 LENGTH = 0.1  # of the dense schedule
@@ -46,9 +48,7 @@ def _sparse_hooks(model: nn.Module, joint: bool) -> list[dict]:
     parts = set(deciders(model))
     # What is sparse after the backbone changes most, so its logits weigh more (docs/study.md).
     logit_weight = 5.0 if parts - {'backbone'} else 0.5
-    try:
-        logit_heads(model)
-    except ValueError:  # no logits that can be compared
+    if not _has_logits(model):
         logit_weight = 0.0
     features = dict(backbone=20.0) if 'backbone' in parts else {}
     if not segmentor:
@@ -60,6 +60,23 @@ def _sparse_hooks(model: nn.Module, joint: bool) -> list[dict]:
         hooks.append(dict(type='mmdynsparse.DistillationHook', teacher='self', **weights))
     hooks.append(dict(type='mmdynsparse.FreezePretrained', iters=FROZEN))
     return hooks
+
+
+def _has_logits(model: nn.Module) -> bool:
+    """Return whether the logits of a model can be compared with those of a teacher."""
+    try:
+        logit_heads(model)
+    except ValueError:
+        return False
+    if not hasattr(model, 'decode_head'):
+        return True
+    model.eval()
+    image = torch.zeros(1, 3, EMPTY_IMAGE, EMPTY_IMAGE)
+    try:
+        with torch.no_grad():  # some heads return more than a map
+            return isinstance(model.decode_head(model.extract_feat(image)), Tensor)
+    except RuntimeError:  # BEiT takes images of one size only, and the hook's empty one is smaller
+        return False
 
 
 def _optim_wrapper(cfg: Mapping) -> dict:

@@ -26,6 +26,7 @@ SEG = {
     'knet/knet-s3_swin-t_upernet_8xb2-adamw-80k_ade20k-512x512.py': 'backbone',
     'mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py': 'backbone',
     'mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py': 'backbone',
+    'encnet/encnet_r50-d8_4xb4-160k_ade20k-512x512.py': 'backbone',
     'icnet/icnet_r50-d8_4xb2-80k_cityscapes-832x832.py': '',
     'twins/twins_svt-s_uperhead_8xb2-160k_ade20k-512x512.py': 'head',
     'beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py': 'head',

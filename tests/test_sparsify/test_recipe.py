@@ -1,8 +1,15 @@
 """The shortened training."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent))
+from stock import stock_path
+
+from mmdynsparse.sparsify import draft_config
 from mmdynsparse.sparsify.recipe import fine_tuning
 
 
@@ -55,6 +62,22 @@ def test_schedulers_end_with_the_training(model: nn.Module) -> None:
     assert changes['train_cfg'] == dict(max_epochs=30, val_interval=1)
     ends = [(s['begin'], s['end']) for s in changes['param_scheduler']]
     assert ends == [(0, 1), (1, 28), (28, 30)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('name', 'weight'),
+    [
+        ('fcn/fcn_r50-d8_4xb4-160k_ade20k-512x512.py', 0.5),
+        ('upernet/upernet_r18_4xb2-80k_cityscapes-512x1024.py', 5.0),
+        ('encnet/encnet_r50-d8_4xb4-160k_ade20k-512x512.py', 0.0),
+        ('knet/knet-s3_swin-t_upernet_8xb2-adamw-80k_ade20k-512x512.py', 0.0),
+    ],
+)
+def test_only_maps_of_logits_are_distilled(name: str, weight: float) -> None:
+    hooks = draft_config(str(stock_path('mmseg', name))).changes['custom_hooks']
+    (hook,) = [hook for hook in hooks if hook['type'] == 'mmdynsparse.DistillationHook']
+    assert hook['logit_weight'] == weight
 
 
 def test_joint_training(model: nn.Module) -> None:
