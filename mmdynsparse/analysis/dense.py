@@ -91,7 +91,7 @@ def _replace(node: object, originals: list[str]) -> None:
     if sparse is None:
         return
     is_sparse = node.pop('sparsity', None) is not None or 'sparsity' not in _arguments(sparse)
-    original = _resolve(sparse.original)
+    original = resolve_type(sparse.original)
     name = f'{sparse.__name__} without sparsity (for {sparse.original})'
     if original is not None:
         name = f'{original.__module__.split(".")[0]}.{original.__name__}'
@@ -106,11 +106,12 @@ def _sparse_class(node: dict) -> type | None:
     """Class that a node of a config names if it has a dense original."""
     kind = node.get('type')
     if isinstance(kind, str):
-        kind = _resolve(kind) if kind.startswith(SCOPE) else None
+        kind = resolve_type(kind) if kind.startswith(SCOPE) else None
     return kind if hasattr(kind, 'original') else None
 
 
-def _resolve(name: str) -> type | None:
+def resolve_type(name: str) -> type | None:
+    """Return the class that a config names under mmengine's default scope, None if none is."""
     with MODELS.switch_scope_and_registry(None) as registry:
         try:
             return registry.get(name)

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from ..utils.checkpoints import check_weights, read_checkpoint
+from ..utils.checkpoints import check_weights, is_new, read_checkpoint
 from ..utils.command_line.arguments import check_device
 from ..utils.command_line.launch import load_config
 from .dense import Pair, build_pair, share_weights
@@ -31,12 +31,30 @@ def load_models(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Config, P
     torch.manual_seed(args.seed)
     pair = build_pair(cfg.model)
     if args.checkpoint:
-        checkpoint = read_checkpoint('checkpoint', args.checkpoint)
-        check_weights(pair.sparse, checkpoint.get('state_dict', checkpoint), args.checkpoint)
+        load_weights(pair.sparse, args.checkpoint)
         share_weights(pair.sparse, pair.dense)
     for model in (pair.sparse, pair.dense):
         to_device(model, device, dtype)
     return cfg, pair
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a checkpoint into a sparse model; predictors that a dense one lacks stay random.
+
+    Args:
+        model: The model.
+        path: File or address of the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read or is of another model.
+    """
+    checkpoint = read_checkpoint('checkpoint', path)
+    weights = checkpoint.get('state_dict', checkpoint)
+    fresh = {key: value for key, value in model.state_dict().items() if is_new(key)}
+    if fresh and not any(is_new(key) for key in weights):
+        print('a dense checkpoint: the predictors are random')
+        weights.update(fresh)
+    check_weights(model, weights, path)
 
 
 def check_sizes(sizes: Sequence[tuple[int, int]], pair: Pair) -> None:

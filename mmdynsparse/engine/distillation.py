@@ -124,9 +124,12 @@ def is_two_stage(model: nn.Module) -> bool:
 def has_logit_map(model: nn.Module) -> bool:
     """Return whether a model has one decode head that returns a map of logits.
 
-    Heads that mmseg takes over from mmdet classify queries, and cannot run without labels.
+    Heads that mmseg takes over from mmdet classify queries, and cannot run without labels. That of
+    K-Net returns the maps of all its rounds in training.
     """
-    return is_single(model, SEGMENTOR) and not hasattr(model.decode_head, 'num_queries')
+    if not is_single(model, SEGMENTOR):
+        return False
+    return not any(hasattr(model.decode_head, x) for x in ('num_queries', 'kernel_update_head'))
 
 
 def logit_heads(model: nn.Module) -> list[str]:

@@ -1,5 +1,5 @@
 """Pictures of what a sparse model keeps."""
 
-from .keep_maps import draw_keep_maps
+from .keep_maps import decision_labels, draw_keep_maps, keep_map_row, labelled_panel
 
-__all__ = ['draw_keep_maps']
+__all__ = ['decision_labels', 'draw_keep_maps', 'keep_map_row', 'labelled_panel']

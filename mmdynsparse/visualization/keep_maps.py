@@ -5,11 +5,56 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
+from ..models.decider import deciders
 from ..ops import Decision, location_mask
 
 LABEL_HEIGHT = 18  # px
 GAP = 4  # px between panels
+TINT = (40, 80, 200)  # RGB that dropped locations are mixed with, in equal parts
+
+
+def keep_map_row(model: nn.Module, batch: dict, scale: float = 1.0) -> np.ndarray:
+    """Run a model on one image and draw it with what each of its sparse parts keeps.
+
+    Args:
+        model: The model, in eval mode.
+        batch: One image, as a data loader gives it.
+        scale: Size of the panels to that of the network's input. Defaults to 1.0.
+
+    Returns:
+        (H', W', 3) uint8 RGB, see :func:`draw_keep_maps`.
+    """
+    model.test_step(batch)
+    image = batch['inputs'][0].numpy()[::-1].transpose(1, 2, 0)  # OpenMMLab loads BGR
+    height, width = model.data_preprocessor(batch)['inputs'].shape[2:]
+    padding = (0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)
+    image = Image.fromarray(np.pad(image, padding))
+    image = np.asarray(image.resize((round(width * scale), round(height * scale))))
+    decisions = [d for decider in deciders(model).values() for d in decider.decisions]
+    return draw_keep_maps(image, decisions, 0, decision_labels(model))
+
+
+def decision_labels(model: nn.Module) -> list[str]:
+    """Say where each decision of a model is made, in the words of its config counted from 1.
+
+    A backbone's are 'stage 3' or, where a stage has several, 'stage 3, block 2'; those of a vision
+    transformer 'layer 4'; others have the name of their part.
+    """
+    labels = []
+    for name, decider in deciders(model).items():
+        locations = getattr(decider.sparsity, 'locations', None)
+        if locations is None:
+            labels.append(name or 'model')
+            continue
+        one_stage = hasattr(model.get_submodule(name), 'layers')
+        for stage, blocks in locations.items():
+            for block in blocks:
+                several = f'stage {stage + 1}, block {block + 1}' if len(blocks) > 1 else ''
+                label = f'layer {block + 1}' if one_stage else several or f'stage {stage + 1}'
+                labels.append(label)
+    return labels
 
 
 def draw_keep_maps(
@@ -20,8 +65,8 @@ def draw_keep_maps(
 ) -> np.ndarray:
     """Draw an image and, to its right, what each predictor keeps of it.
 
-    Kept locations show the image unchanged, dropped ones a dark grey version. Above each panel
-    stand its label and the share of locations kept in this image.
+    Kept locations show the image unchanged, dropped ones a grey version in a blue tint. Above each
+    panel stand its label and the share of locations kept in this image.
 
     Args:
         image: (H, W, 3) uint8 RGB, the network's input before normalisation, padding included.
@@ -42,27 +87,29 @@ def draw_keep_maps(
         labels = [f'predictor {i}' for i in range(len(decisions))]
     if len(labels) != len(decisions):
         raise ValueError(f'labels must have {len(decisions)} entries, got {len(labels)}')
-    panels = [_labelled(image, 'input')]
+    panels = [labelled_panel(image, 'input')]
     for decision, label in zip(decisions, labels, strict=True):
         batch = len(decision.mask)
         if not 0 <= index < batch:
             raise ValueError(f'index must be in [0, {batch - 1}], got {index}')
         keep = location_mask(decision)[index].view(decision.hw).detach().cpu().numpy() > 0.5
         share = decision.mask[index].mean().item()
-        panels.append(_labelled(_dim_dropped(image, keep), f'{label}: {share:.0%} kept'))
+        panels.append(labelled_panel(_tint_dropped(image, keep), f'{label}: {share:.0%} kept'))
     gap = np.full((panels[0].shape[0], GAP, 3), 255, np.uint8)
     return np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
 
 
-def _dim_dropped(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Darken where a map ``keep`` (h, w) is false in ``image`` (H, W, 3)."""
+def _tint_dropped(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Tint where a map ``keep`` (h, w) is false in ``image`` (H, W, 3)."""
     height, width = image.shape[:2]
     keep = cv2.resize(keep.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-    grey = (0.3 * image.mean(axis=2, keepdims=True)).astype(np.uint8)
-    return np.where(keep[..., None] > 0, image, grey)
+    # A tint, because darker or brighter would hide what is dark or bright already.
+    tinted = (0.5 * image.mean(axis=2, keepdims=True) + 0.5 * np.array(TINT)).astype(np.uint8)
+    return np.where(keep[..., None] > 0, image, tinted)
 
 
-def _labelled(panel: np.ndarray, text: str) -> np.ndarray:
+def labelled_panel(panel: np.ndarray, text: str) -> np.ndarray:
+    """Put a line of text above a picture (H, W, 3) uint8."""
     bar = Image.new('RGB', (panel.shape[1], LABEL_HEIGHT), 'white')
     ImageDraw.Draw(bar).text((2, 2), text, fill='black', font=ImageFont.load_default(12))
     return np.concatenate([np.asarray(bar), panel])

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
 from mmdynsparse.analysis import benchmark as library
+from mmdynsparse.analysis import dense_config
 
 TOOL = 'analysis_tools/benchmark.py'
 
@@ -158,6 +161,20 @@ def test_bad_models(tool: str, fails: Callable, write_config: Callable, tmp_path
     torch.save(dict(state_dict={'backbone.weight': torch.zeros(3)}), tmp_path / 'other.pth')
     line = fails(tool, config, tmp_path / 'other.pth')
     assert "checkpoint must fit the config's model" in line and 'missing keys' in line
+
+
+@pytest.mark.parametrize('tool', [TOOL, 'analysis_tools/get_flops.py'])
+def test_dense_checkpoint(
+    tool: str, load_tool: Callable, write_config: Callable, tmp_path: Path, capsys
+) -> None:
+    """As in draw_keep_maps.py, the predictors are random, and it says so."""
+    config = write_config('seg')
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    torch.save(MODELS.build(dense_config(cfg.model).model).state_dict(), tmp_path / 'dense.pth')
+    rounds = ('--rounds', '1', '--sizes', '64') if tool == TOOL else ('--size', '64')
+    load_tool(tool).main([str(config), str(tmp_path / 'dense.pth'), *rounds])
+    assert 'a dense checkpoint: the predictors are random' in capsys.readouterr().out
 
 
 def test_processes_end_with_a_code(

@@ -28,7 +28,7 @@ def panel(picture, i):
     return picture[LABEL_HEIGHT:, i * (W + GAP) : i * (W + GAP) + W]
 
 
-def test_kept_cells_show_the_image_and_dropped_ones_a_dark_grey(image, decisions):
+def test_kept_cells_show_the_image_and_dropped_ones_a_tint(image, decisions):
     picture = draw_keep_maps(image, decisions, 1)
     assert picture.shape == (H + LABEL_HEIGHT, 3 * W + 2 * GAP, 3)
     assert picture.dtype == np.uint8
@@ -40,8 +40,15 @@ def test_kept_cells_show_the_image_and_dropped_ones_a_dark_grey(image, decisions
     kept[: H // 2, W // 3 : 2 * W // 3] = True
     np.testing.assert_array_equal(sparse[kept], image[kept])
     dropped = sparse[~kept]
-    assert np.all(dropped == dropped[:, :1])
-    assert np.all(dropped.max(1) < image[~kept].mean(1))
+    assert np.all(dropped[:, 2] > dropped[:, 0] + 40)  # blue
+    # What is there stays visible.
+    assert np.corrcoef(dropped.mean(1), image[~kept].mean(1))[0, 1] > 0.99
+
+
+def test_dropped_locations_of_a_dark_photo_are_visible(image, decisions):
+    dark = draw_keep_maps(image // 8, decisions, 1)
+    dropped = panel(dark, 1)[: H // 2, : W // 3]
+    assert dropped.mean() > 2 * (image // 8).mean()
 
 
 def test_the_index_chooses_the_image(image, decisions):

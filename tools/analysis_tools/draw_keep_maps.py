@@ -12,13 +12,13 @@ from PIL import Image
 from torch import nn
 
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images
+from mmdynsparse.analysis.models import load_weights
 from mmdynsparse.models.decider import deciders
-from mmdynsparse.utils.checkpoints import check_weights, is_new, read_checkpoint
 from mmdynsparse.utils.command_line.arguments import AnalysisParser, at_least, check_device
 from mmdynsparse.utils.command_line.data_checks import check_data
 from mmdynsparse.utils.command_line.errors import one_line_errors
 from mmdynsparse.utils.command_line.launch import load_config
-from mmdynsparse.visualization import draw_keep_maps
+from mmdynsparse.visualization import keep_map_row
 
 
 def build_parser() -> AnalysisParser:
@@ -49,29 +49,8 @@ def load_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
     if not deciders(model):
         raise ValueError(f'config must have a sparse part, got none in {args.config}')
     if args.checkpoint:
-        checkpoint = read_checkpoint('checkpoint', args.checkpoint)
-        weights = checkpoint.get('state_dict', checkpoint)
-        fresh = {k: v for k, v in model.state_dict().items() if is_new(k)}
-        if fresh and not fresh.keys() & weights.keys():
-            print('a dense checkpoint: the predictors are random')
-            weights.update(fresh)
-        check_weights(model, weights, args.checkpoint)
+        load_weights(model, args.checkpoint)
     return model.to(device).eval()
-
-
-def draw(model: nn.Module, batch: dict, scale: float) -> np.ndarray:
-    """Runs the model on one image and returns its row of panels, (H, W, 3) uint8 RGB."""
-    model.test_step(batch)
-    image = batch['inputs'][0].numpy()[::-1].transpose(1, 2, 0)  # OpenMMLab loads BGR
-    height, width = model.data_preprocessor(batch)['inputs'].shape[2:]
-    padding = (0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)
-    image = Image.fromarray(np.pad(image, padding))
-    image = np.asarray(image.resize((round(width * scale), round(height * scale))))
-    decisions, labels = [], []
-    for name, decider in deciders(model).items():
-        decisions += decider.decisions
-        labels += [f'{name} {i}' for i in range(len(decider.decisions))]
-    return draw_keep_maps(image, decisions, 0, labels)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_data(cfg, 'test')
             batches = dataset_batches(cfg, args.num_images)
         with torch.no_grad():
-            rows = [draw(model, batch, args.scale) for batch in batches]
+            rows = [keep_map_row(model, batch, args.scale) for batch in batches]
         path = Path(args.out or 'work_dirs') / 'keep_maps.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         width = max(row.shape[1] for row in rows)

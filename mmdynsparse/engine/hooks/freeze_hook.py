@@ -1,5 +1,6 @@
 """Parameters that are frozen at the start of a fine-tuning."""
 
+import math
 from collections.abc import Sequence
 
 from mmengine.hooks import Hook
@@ -22,8 +23,8 @@ class FreezePretrained(Hook):
     counts these gradients, and running statistics of batch norms still change.
 
     Args:
-        iters: Number of iterations, > 0: forward passes, of which gradient accumulation has several
-            to an update.
+        iters: Number of iterations, >= 1: forward passes, of which gradient accumulation has
+            several to an update. A number below 1, > 0, is a share of the training's iterations.
         new_parts: Parts of the names of the parameters that learn from the start. Defaults to
             those of predictors and fast paths; where only the backbone is pretrained, add the
             heads.
@@ -33,7 +34,7 @@ class FreezePretrained(Hook):
             shorter or no parameter is new.
     """
 
-    def __init__(self, iters: int, new_parts: Sequence[str] = NEW_PARTS) -> None:
+    def __init__(self, iters: float, new_parts: Sequence[str] = NEW_PARTS) -> None:
         if not iters > 0:
             raise ValueError(f'iters must be above 0, got {iters!r}')
         self.iters = iters
@@ -41,20 +42,21 @@ class FreezePretrained(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Hook on to the optimizer."""
-        check_end(type(self).__name__, 'iters', self.iters, runner)
+        iters = self.iters if self.iters >= 1 else math.ceil(self.iters * runner.max_iters)
+        check_end(type(self).__name__, 'iters', iters, runner)
         model = bare_model(runner)
         new = new_parameters(model, self.new_parts)
         frozen = [p for name, p in model.named_parameters() if name not in new]
 
         def drop_gradients(optimizer, args: tuple, kwargs: dict) -> None:
-            if runner.iter < self.iters:
+            if runner.iter < iters:
                 for p in frozen:
                     p.grad = None
 
         optimizer = runner.optim_wrapper.optimizer
         self._handle = optimizer.register_step_pre_hook(drop_gradients)
-        if runner.iter < self.iters:
-            text = f'{len(frozen)} pretrained parameters are frozen up to iteration {self.iters}'
+        if runner.iter < iters:
+            text = f'{len(frozen)} pretrained parameters are frozen up to iteration {iters}'
             print_log(text, logger='current')
 
     def after_train(self, runner: Runner) -> None:

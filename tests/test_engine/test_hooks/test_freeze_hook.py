@@ -43,6 +43,13 @@ def test_pretrained_parameters_are_frozen_at_first(training):
     assert not run.runner.optim_wrapper.optimizer._optimizer_step_pre_hooks
 
 
+def test_a_share_of_the_training_is_frozen(training):
+    watch = Watch()
+    training(FreezePretrained(iters=0.5), watch, iters=4)
+    assert all('predictors' in n or 'fast_path' in n for n in changed(*watch.weights[:2]))
+    assert len(changed(*watch.weights[1:3])) == len(watch.weights[0])
+
+
 def test_freezing_with_accumulated_gradients(training):
     watch = Watch()
     wrapper = dict(optimizer=dict(type='AdamW', lr=0.002), accumulative_counts=2)

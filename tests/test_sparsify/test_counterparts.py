@@ -1,0 +1,83 @@
+"""Which parts of stock configs are replaced, and by what."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from mmengine.registry import init_default_scope
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stock import DET, SEG, stock_path
+
+from mmdynsparse.sparsify import PARTS, TABLE, draft_config, swap_parts
+from mmdynsparse.sparsify.counterparts import _sparse_classes, counterpart
+
+STOCK = [*(('mmseg', name) for name in SEG), *(('mmdet', name) for name in DET)]
+# Of each library one with a sparse head or neck, one without, and one where nothing is.
+FAST = {
+    'fcn/fcn_r50-d8_4xb4-160k_ade20k-512x512.py',
+    'upernet/upernet_r18_4xb2-80k_cityscapes-512x1024.py',
+    'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
+    'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py',
+    'gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py',
+    'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
+}
+
+
+@pytest.mark.parametrize(
+    ('library', 'name'),
+    [pytest.param(*x, marks=() if x[1] in FAST else pytest.mark.slow) for x in STOCK],
+    ids=[name.split('/')[1] for _, name in STOCK],
+)
+def test_stock_config(library: str, name: str) -> None:
+    """The parts that have a counterpart are replaced; the others stay and say why."""
+    expected = {**SEG, **DET}[name].split()
+    path = str(stock_path(library, name))
+    if not expected:
+        with pytest.raises(ValueError, match='no sparse counterpart'):
+            draft_config(path)
+        return
+    draft = draft_config(path)
+    replaced = {part.key for part in draft.parts if part.after}
+    assert expected == [part for part, keys in PARTS.items() if replaced & set(keys)]
+    for part in draft.parts:
+        assert part.note.startswith('stays: ') == (part.after is None)
+    assert set(draft.changes['model']) == replaced
+    assert draft.is_sparse == ('custom_hooks' in draft.changes)
+
+
+def test_enough_stock_configs_have_a_counterpart() -> None:
+    assert sum(map(bool, SEG.values())) >= 20
+    assert sum(map(bool, DET.values())) >= 20
+
+
+def test_table_has_each_type_once() -> None:
+    keys = [(row.type, row.training, row.scope) for row in TABLE]
+    assert len(keys) == len(set(keys))
+    types = {row.type for row in TABLE if row.training}
+    # No library has an original of LV-ViT.
+    assert types == set(_sparse_classes()) - {'SparseLVViT'}
+    assert all(row.source for row in TABLE)
+
+
+def test_same_name_in_another_library_is_no_counterpart() -> None:
+    init_default_scope('mmdet')
+    assert counterpart('FPN').__name__ == 'SparseFPN'
+    assert counterpart('mmdet.FPN').__name__ == 'SparseFPN'
+    init_default_scope('mmseg')
+    assert counterpart('FPN') is None
+    assert counterpart('mmseg.UPerHead').__name__ == 'SparseUPerHead'
+    assert counterpart('mmpretrain.ConvNeXt').__name__ == 'SparseConvNeXt'
+
+
+def test_backbone_without_its_scope() -> None:
+    init_default_scope('mmseg')
+    model = dict(type='EncoderDecoder', backbone=dict(type='SparseSwinTransformer'))
+    with pytest.raises(ValueError, match=r'write mmdynsparse\.SparseSwinTransformer'):
+        swap_parts(model, 'mmseg')
+    model['backbone']['type'] = 'mmdynsparse.SparseSwinTransformer'
+    with pytest.raises(ValueError, match='is a sparse type already'):
+        swap_parts(model, 'mmseg')
+    with pytest.raises(ValueError, match='must have a model with a backbone'):
+        swap_parts(dict(type='SoftTeacher', detector={}), 'mmdet')
