@@ -179,7 +179,7 @@ class ShiftWindowMSA(BaseModule):
     def kept_rows(self, kept_K: Tensor, batch: int, hw: tuple[int, int]) -> WindowRows:
         """Find what ``forward`` reads, see :func:`mmdynsparse.ops.kept_window_rows`.
 
-        It depends on the decision, the map and the shift.
+        It depends on the decision, the map and ``rows_key``.
         """
         heads = self.w_msa.num_heads
         return kept_window_rows(kept_K, batch, hw, self.window_size, self.shift(hw), heads)
@@ -234,6 +234,10 @@ class ShiftWindowMSA(BaseModule):
         dims = y.shape[1] // (parts * heads)
         y = y.view(-1, dims).index_select(0, rows)
         return y.view(parts, -1, heads, self.window_size**2, dims).unbind(0)
+
+    def rows_key(self, hw: tuple[int, int]) -> int:
+        """Return what ``kept_rows`` depends on beside the decision and the map."""
+        return self.shift(hw)
 
     def shift(self, hw: tuple[int, int]) -> int:
         """Return the cyclic shift on a map of this height and width, in tokens."""
