@@ -144,7 +144,7 @@ def _by_stage(name: str, value: object, depths: Sequence[int]) -> tuple[tuple, .
     if lengths != list(depths):
         raise ValueError(
             f'pruning.{name} must have one value for each block, stages of {list(depths)} blocks, '
-            f'got {lengths}'
+            f'got {lengths!r}'
         )
     return tuple(tuple(v) for v in value)
 
