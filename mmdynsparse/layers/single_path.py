@@ -76,44 +76,48 @@ class SinglePathMixer(nn.Module):
 
     def mix(
         self,
-        x_BNC: Tensor,
+        x_BTC: Tensor,
         hw: tuple[int, int],
         weights_3: Tensor,
         attend: Callable[[], Tensor],
-        from_map: Callable[[Tensor], Tensor] = lambda update: update,
     ) -> Tensor:
         """Weigh the operations; at inference only the chosen one runs.
 
         Args:
-            x_BNC: Tokens of the map, normalized.
+            x_BTC: Tokens, normalized: those of the map, and before them perhaps a class token.
             hw: Height and width of the map.
             weights_3: From :meth:`gates`.
             attend: Computes the self-attention.
-            from_map: Makes an update of all tokens of one of the map. Defaults to none.
 
         Returns:
             The update of all tokens, (B, T, C).
         """
         kernels = mix_heads(*self.projections()[:3], self.head_logits, self.alpha)
         operations = (
-            lambda: from_map(self._convolve(x_BNC, hw, kernels, self.mix_norm1, 1)),
-            lambda: from_map(self._convolve(x_BNC, hw, kernels, self.mix_norm3, 3)),
+            lambda: self._convolve(x_BTC, hw, kernels, self.mix_norm1, 1),
+            lambda: self._convolve(x_BTC, hw, kernels, self.mix_norm3, 3),
             attend,
         )
         if self.training:
-            weights = weights_3.to(x_BNC.dtype)
+            weights = weights_3.to(x_BTC.dtype)
             return sum(w * run() for w, run in zip(weights, operations, strict=True))
         chosen = [run for w, run in zip(weights_3.tolist(), operations, strict=True) if w]
-        return chosen[0]() if chosen else from_map(torch.zeros_like(x_BNC))
+        return chosen[0]() if chosen else torch.zeros_like(x_BTC)
+
+    def class_update(self, x_B1C: Tensor) -> Tensor:
+        """Return what a convolution adds to the class token: zeros."""
+        return torch.zeros_like(x_B1C)
 
     def _convolve(
-        self, x_BNC: Tensor, hw: tuple[int, int], kernels: Kernels, norm: nn.Module, size: int
+        self, x_BTC: Tensor, hw: tuple[int, int], kernels: Kernels, norm: nn.Module, size: int
     ) -> Tensor:
         weights: Bottleneck = bottleneck(kernels, size)
-        x = x_BNC.transpose(1, 2).unflatten(2, hw)
+        first = x_BTC.shape[1] - hw[0] * hw[1]
+        x = x_BTC[:, first:].transpose(1, 2).unflatten(2, hw)
         x = F.conv2d(x, weights.reduce, weights.bias, padding=size // 2)
         x_BND = norm(x).relu().flatten(2).transpose(1, 2)
-        return self.proj_drop(F.linear(x_BND, weights.expand, self.projections()[3]))
+        update = self.proj_drop(F.linear(x_BND, weights.expand, self.projections()[3]))
+        return torch.cat((self.class_update(x_BTC[:, :first]), update), 1) if first else update
 
 
 class SinglePathWindowMSA(SinglePathMixer, ShiftWindowMSA):
@@ -167,17 +171,8 @@ class SinglePathTokenMSA(SinglePathMixer, TokenMSA):
 
     def forward(self, x_BTC: Tensor, hw: tuple[int, int], weights_3: Tensor) -> Tensor:
         """Return the update (B, T, C) of class token and map, by weights from ``gates``."""
-        attend, first = super().forward, x_BTC.shape[1] - hw[0] * hw[1]
-
-        def with_class_token(update_BNC: Tensor) -> Tensor:
-            return torch.cat((self.class_update(x_BTC[:, :first]), update_BNC), 1)
-
-        x_BNC = x_BTC[:, first:]
-        return self.mix(x_BNC, hw, weights_3, lambda: attend(x_BTC), with_class_token)
-
-    def class_update(self, x_B1C: Tensor) -> Tensor:
-        """Return what a convolution adds to the class token: zeros."""
-        return torch.zeros_like(x_B1C)
+        attend = super().forward
+        return self.mix(x_BTC, hw, weights_3, lambda: attend(x_BTC))
 
 
 class GatedFFN(FFN):

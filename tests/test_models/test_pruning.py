@@ -53,7 +53,7 @@ def test_bad_values(cfg, message):
 
 @pytest.mark.parametrize('kind', [SparseSwinTransformer, SparseVisionTransformer])
 def test_a_search_is_not_sparse(kind):
-    with pytest.raises(ValueError, match='sparsity must be None with pruning.search=True'):
+    with pytest.raises(ValueError, match=r'must be None with pruning\.search=True'):
         kind(pruning=dict(search=True), sparsity=dict(keep_ratio=0.7))
 
 

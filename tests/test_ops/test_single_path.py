@@ -88,7 +88,7 @@ def test_kernels_are_sums_of_shifted_heads(alpha):
     kernels = mix_heads(value, bias, output, logits, alpha)
     x = torch.randn(2, 8, 5, 6)
     padded = F.pad(x, (1, 1, 1, 1))
-    total, expand = 0, 0
+    total, expand, centre = 0, 0, 0
     for k in range(9):
         row, col = divmod(k, 3)
         shifted = padded[:, :, row : row + 5, col : col + 6]
@@ -98,7 +98,7 @@ def test_kernels_are_sums_of_shifted_heads(alpha):
             total = total + share[h, k] * y
             expand = expand + share[h, k] * output[:, rows]
             if k == 4:
-                centre = centre + share[h, k] * y if h else share[h, k] * y
+                centre = centre + share[h, k] * y
     weights = bottleneck(kernels, 3)
     torch.testing.assert_close(F.conv2d(x, weights.reduce, weights.bias, padding=1), total)
     torch.testing.assert_close(weights.expand, expand)

@@ -3,7 +3,7 @@
 from .convert import convert_checkpoint
 from .files import check_checkpoint, read_checkpoint
 from .layouts import SOURCES
-from .pruned import Pruned, fold_heads, prune_state_dict
+from .pruned import Pruned, prune_state_dict
 from .resize import resize_bias_table, resize_pos_embed
 from .weights import (
     GATE_PARTS,
@@ -18,13 +18,12 @@ from .weights import (
 __all__ = [
     'GATE_PARTS',
     'NEW_PARTS',
-    'Pruned',
     'SOURCES',
+    'Pruned',
     'check_backbone',
     'check_checkpoint',
     'check_weights',
     'convert_checkpoint',
-    'fold_heads',
     'is_new',
     'load_pretrained',
     'prune_state_dict',

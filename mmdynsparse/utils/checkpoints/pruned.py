@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops import bottleneck, chosen_mixer, mix_heads, open_gates
+from ...ops import chosen_mixer, open_gates
 from .convert import shorten
+from .layouts.common import fold_heads
 from .weights import is_new
 
 GATES = '.attn.gate_logits'
@@ -75,29 +76,6 @@ def prune_state_dict(
     # A state dict has its metadata as an attribute.
     out._metadata = getattr(searched, '_metadata', OrderedDict())
     return Pruned(out, list(mixers.values()), list(hidden.values()))
-
-
-def fold_heads(
-    attn: Mapping[str, Tensor], head_logits: Tensor, alpha: float, kernel_size: int
-) -> dict[str, Tensor]:
-    """Return ``reduce`` and ``expand`` of a ``BottleneckConv`` from the weights of an attention.
-
-    Args:
-        attn: Tensors by the names 'value', 'value_bias', 'output' and 'output_bias'; biases may be
-            missing.
-        head_logits: (h, 9), positions row by row.
-        alpha: Divides them.
-        kernel_size: 1 or 3.
-    """
-    args = (attn['value'], attn.get('value_bias'), attn['output'], head_logits, alpha)
-    mixed = bottleneck(mix_heads(*args), kernel_size)
-    expand = mixed.expand[:, :, None, None].contiguous()
-    out = {'reduce.weight': mixed.reduce.contiguous(), 'expand.weight': expand}
-    if mixed.bias is not None:
-        out['reduce.bias'] = mixed.bias
-    if attn.get('output_bias') is not None:
-        out['expand.bias'] = attn['output_bias']
-    return out
 
 
 def _prune_attention(part: Mapping[str, Tensor], mixer: str, alpha: float) -> dict[str, Tensor]:

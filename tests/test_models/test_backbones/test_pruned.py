@@ -156,7 +156,7 @@ def test_original_weights(cfg, build):
     static.load_state_dict(state)
     norm2 = [k for k in state if 'norm2' in k or 'ln2' in k]
     assert norm2 and all(torch.equal(state[k], dense.state_dict()[k]) for k in norm2)
-    with pytest.raises(ValueError, match='--original must hold .* got none'):
+    with pytest.raises(ValueError, match=r'--original must hold .* got none'):
         prune_state_dict(search.state_dict(), 1.0, {})
     with pytest.raises(ValueError, match='checkpoint must be of a search'):
         prune_state_dict(dense.state_dict(), 1.0)
@@ -260,8 +260,10 @@ PUBLISHED = {
         [
             [188, 209],
             [748, 680],
-            [1159, 1260, 1127, 1036, 919, 916, 868, 918, 903, 937, 961, 1037]
-            + [1063, 996, 888, 866, 741, 509],
+            [
+                *(1159, 1260, 1127, 1036, 919, 916, 868, 918, 903),
+                *(937, 961, 1037, 1063, 996, 888, 866, 741, 509),
+            ],
             [3064, 3051],
         ],
         (6.1432, 6.1376, 8.7409, 38.922),
