@@ -3,7 +3,7 @@
 from .convert import convert_checkpoint
 from .files import check_checkpoint, read_checkpoint
 from .layouts import SOURCES
-from .pruned import Pruned, prune_state_dict
+from .pruned import Pruned, architecture_of, prune_state_dict
 from .resize import resize_bias_table, resize_pos_embed
 from .weights import (
     GATE_PARTS,
@@ -20,6 +20,7 @@ __all__ = [
     'NEW_PARTS',
     'SOURCES',
     'Pruned',
+    'architecture_of',
     'check_backbone',
     'check_checkpoint',
     'check_weights',

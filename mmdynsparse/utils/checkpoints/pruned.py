@@ -78,6 +78,31 @@ def prune_state_dict(
     return Pruned(out, list(mixers.values()), list(hidden.values()))
 
 
+def architecture_of(state_dict: dict[str, Tensor]) -> Pruned:
+    """Return a pruned backbone's state dict with the architecture that its names and shapes tell.
+
+    Args:
+        state_dict: Of a pruned backbone, in our names.
+
+    Raises:
+        ValueError: If it has no FFNs.
+    """
+    last = '.ffn.layers.1.weight'
+    blocks = sorted((k.removesuffix(last) for k in state_dict if k.endswith(last)), key=_numbers)
+    if not blocks:
+        raise ValueError(f'checkpoint must have names that end in {last!r}, got none')
+    mixers, hidden = {}, {}
+    for block in blocks:
+        weight = state_dict.get(f'{block}.attn.reduce.weight')
+        has_attention = any(k.startswith(f'{block}.attn.') for k in state_dict)
+        mixer = 'msa' if has_attention else 'none'
+        mixer = mixer if weight is None else 'conv1' if weight.shape[-1] == 1 else 'conv3'
+        stage = _numbers(block)[:-1]
+        mixers.setdefault(stage, []).append(mixer)
+        hidden.setdefault(stage, []).append(state_dict[block + last].shape[1])
+    return Pruned(state_dict, list(mixers.values()), list(hidden.values()))
+
+
 def _prune_attention(part: Mapping[str, Tensor], mixer: str, alpha: float) -> dict[str, Tensor]:
     """Return what is left of a block but for its FFN."""
     out = {k: v for k, v in part.items() if not k.startswith(('attn.', 'ffn.'))}

@@ -152,10 +152,10 @@ def test_a_search_moves_to_its_target_and_stops(training, tmp_path):
     for name, p in model.named_parameters():
         if name.endswith('gate_logits'):  # or they would all close at once
             p.data.normal_(1.5, 1)
-    done = run(training, search(0.5, patience=2), model=model, iters=120)
-    assert done.runner.iter < 120
+    done = run(training, search(0.5, stop_within=0.15, patience=2), model=model, iters=40)
+    assert done.runner.iter < 40
     found = json.loads((tmp_path / 'run' / 'architecture.json').read_text())
-    assert found['share'] == pytest.approx(0.5, rel=0.02)
+    assert found['share'] == pytest.approx(0.5, rel=0.15)
 
 
 def test_a_resumed_search_is_the_same(training):
