@@ -1,4 +1,4 @@
-# The published pruned Swin-T. The checkpoint is the authors', by prune_checkpoint.py --source spvit.
+# The published pruned Swin-T; the authors' checkpoint, by prune_checkpoint.py --source spvit.
 _base_ = './mask-rcnn_swin_fpn.py'
 pretrained = 'pretrain/spvit_swin-t.pth'
 model = dict(

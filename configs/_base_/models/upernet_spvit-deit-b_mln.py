@@ -1,4 +1,4 @@
-# The published pruned DeiT-B. The checkpoint is the authors', by prune_checkpoint.py --source spvit.
+# The published pruned DeiT-B; the authors' checkpoint, by prune_checkpoint.py --source spvit.
 _base_ = './upernet_swin.py'
 pretrained = 'pretrain/spvit_deit-b.pth'
 model = dict(
