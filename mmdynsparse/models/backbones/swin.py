@@ -107,25 +107,21 @@ class SparseSwinTransformer(StagedBackbone):
         shift_small_maps: bool = True,
         pruning: Mapping | None = None,
     ) -> None:
-        cfg = checkpoint_cfg(init_cfg, pretrained)
-        super().__init__(sparsity, depths, out_indices, frozen_stages, cfg)
+        base = (depths, out_indices, frozen_stages, checkpoint_cfg(init_cfg, pretrained))
+        super().__init__(sparsity, *base)
         if strides[0] != patch_size:
             raise ValueError(f'strides[0] must equal patch_size {patch_size}, got {strides[0]}')
         sizes = (in_channels, embed_dims, window_size, mlp_ratio, depths, num_heads, strides)
         self.geometry = swin_geometry(*sizes, self.out_indices)
         self.pruning = parse_pruning(pruning, self.geometry, self.sparsity, alpha=100.0)
-        self.convert_weights = convert_weights
+        self.convert_weights, self.use_abs_pos_embed = convert_weights, use_abs_pos_embed
         self.source = 'swin' if convert_weights else 'mmdet'
-        self.use_abs_pos_embed = use_abs_pos_embed
         self.num_features = [embed_dims * 2**i for i in range(len(depths))]
-        act_cfg = act_cfg or dict(type='GELU')
-        norm_cfg = norm_cfg or dict(type='LN')
+        act_cfg, norm_cfg = act_cfg or dict(type='GELU'), norm_cfg or dict(type='LN')
         patch_norm_cfg = norm_cfg if patch_norm else None
         self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size, patch_norm_cfg)
         if use_abs_pos_embed:
-            self.pretrain_hw = tuple(s // patch_size for s in to_2tuple(pretrain_img_size))
-            position_1NC = torch.zeros(1, math.prod(self.pretrain_hw), embed_dims)
-            self.absolute_pos_embed = nn.Parameter(position_1NC)
+            self._add_position(pretrain_img_size, patch_size)
         self.drop_after_pos = nn.Dropout(drop_rate)
         attention = dict(window_size=window_size, qkv_bias=qkv_bias, qk_scale=qk_scale)
         attention |= dict(attn_drop_rate=attn_drop_rate, shift_small_maps=shift_small_maps)
@@ -139,9 +135,17 @@ class SparseSwinTransformer(StagedBackbone):
             if i < len(depths) - 1:
                 stage.downsample = PatchMerging(dims, 2 * dims, strides[i + 1], patch_norm_cfg)
             self.stages.append(stage)
+        self._add_norms(norm_cfg)
+        self._freeze()
+
+    def _add_position(self, img_size: int | tuple[int, int], patch_size: int) -> None:
+        self.pretrain_hw = tuple(s // patch_size for s in to_2tuple(img_size))
+        position_1NC = torch.zeros(1, math.prod(self.pretrain_hw), self.num_features[0])
+        self.absolute_pos_embed = nn.Parameter(position_1NC)
+
+    def _add_norms(self, norm_cfg: dict) -> None:
         for i in self.out_indices:
             self.add_module(f'norm{i}', build_norm_layer(norm_cfg, self.num_features[i])[1])
-        self._freeze()
 
     def _build_stage(
         self, i: int, dims: int, drop_path_rates: Sequence[float], **block_kwargs

@@ -137,15 +137,12 @@ class SparseVisionTransformer(SparseBackbone):
         reactivate: bool = False,
         pruning: Mapping | None = None,
     ) -> None:
-        cfg = checkpoint_cfg(init_cfg, pretrained)
-        quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
-        defaults = dict(locations={0: quarters}, schedule='power', fast_path=None)
+        cfg, defaults = checkpoint_cfg(init_cfg, pretrained), sparse_defaults(num_layers)
         super().__init__(sparsity, (num_layers,), cfg, falling=not reactivate, **defaults)
         self.reactivate = reactivate
         self.out_indices = output_indices(out_indices, -1, num_layers)
         self.out_origin = out_origin
-        self.with_cls_token = with_cls_token
-        self.output_cls_token = output_cls_token
+        self.with_cls_token, self.output_cls_token = with_cls_token, output_cls_token
         self.interpolate_mode = interpolate_mode
         self.frozen_exclude = tuple(frozen_exclude)
         sizes = (in_channels, embed_dims, patch_size, mlp_ratio, num_layers, num_heads)
@@ -157,13 +154,11 @@ class SparseVisionTransformer(SparseBackbone):
         self._build_embedding(patch, norm_cfg if patch_norm else None, patch_bias, drop_rate)
         self.ln_pre = build_norm_layer(norm_cfg, embed_dims)[1] if pre_norm else None
         args = (embed_dims, num_heads, mlp_ratio * embed_dims, norm_cfg, qkv_bias, drop_rate)
-        act_cfg = act_cfg or dict(type='GELU')
-        self.layers = ModuleList(
-            block_type(self.layer_type, self.pruning, 0, i)(
-                *args, attn_drop_rate, rate, act_cfg, num_fcs, with_cp
-            )
-            for i, rate in enumerate(torch.linspace(0, drop_path_rate, num_layers).tolist())
-        )
+        rates = torch.linspace(0, drop_path_rate, num_layers).tolist()
+        rest = (act_cfg or dict(type='GELU'), num_fcs, with_cp)
+        types = [block_type(self.layer_type, self.pruning, 0, i) for i in range(num_layers)]
+        layers = [t(*args, attn_drop_rate, *r, *rest) for t, *r in zip(types, rates, strict=True)]
+        self.layers = ModuleList(layers)
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1] if final_norm else None
         self.predictors = ModuleList(self.build_predictors(0, embed_dims))
         self._freeze()
@@ -374,3 +369,9 @@ class SparseVisionTransformer(SparseBackbone):
                 "queries of an AttentionScore must be 'mean' without a class token, got 'cls' and "
                 'with_cls_token=False'
             )
+
+
+def sparse_defaults(num_layers: int) -> dict:
+    """Return the defaults of ``sparsity`` for a number of layers."""
+    quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
+    return dict(locations={0: quarters}, schedule='power', fast_path=None)
