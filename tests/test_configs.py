@@ -20,6 +20,7 @@ FILES = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.pa
 IDS = [str(path.relative_to(CONFIGS)) for path in FILES]
 FAMILIES = ('sparse_convnext', 'sparse_heads', 'sparse_resnet', 'sparse_swin', 'sparse_vit')
 PUBLISHED = [path for path in FILES if path.parent.name in FAMILIES]
+PRUNED = [path for path in FILES if path.parent.name == 'spvit']
 # Width of the first stage and depth of the third; of the only one in ViT.
 SIZES = {
     'convnext': {'n': (48, 9), 't': (96, 9), 's': (96, 27)},
@@ -362,11 +363,37 @@ def test_sparse_heads_differ_from_their_relative_in_neck_and_head(path):
         assert sparsities == [{}, {}]
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('path', PRUNED, ids=[path.stem for path in PRUNED])
+def test_name_tells_what_is_pruned(path):
+    """Search or fixed architecture, size, data, schedule and crop agree with the name."""
+    cfg, name = Config.fromfile(path), path.stem
+    family, size = re.search(r'spvit-(swin|deit|vit)-([ntsb])_', name).groups()
+    backbone, is_search = cfg.model.backbone, '-search-' in name or '_search-' in name
+    kind = 'SparseSwinTransformer' if family == 'swin' else 'SparseVisionTransformer'
+    assert backbone.type == f'mmdynsparse.{kind}' and 'sparsity' not in backbone
+    assert _width_and_depth(backbone) == (SIZES | {'deit': SIZES['vit']})[family][size]
+    hooks = [hook.type for hook in cfg.get('custom_hooks', [])]
+    assert hooks == ['mmdynsparse.SinglePathSearchHook'] * is_search
+    assert bool(backbone.pruning.get('search')) == is_search
+    assert ('constructor' in cfg.optim_wrapper) == is_search
+    own_weights = is_search or 'finetune' in name
+    assert backbone.pruning.get('norm_identity', False) == (not own_weights)
+    assert bool(backbone.get('init_cfg')) == (not own_weights)
+    schedule = re.sub(r'search-(\d+)e', r'finetune-\1e', name).replace('-search-', '-finetune-')
+    _check_schedule(schedule, cfg)
+    if 'upernet' in name:
+        crop = tuple(int(side) for side in re.search(r'-(\d+)x(\d+)$', name).groups())
+        assert cfg.model.data_preprocessor.size == crop
+    if is_search:
+        partner = name.replace('search', 'finetune')
+        assert (path.parent / f'{partner}.py').is_file()
+
+
+@pytest.mark.parametrize('family', [*FAMILIES, 'spvit'])
 def test_readme_and_metafile_list_every_config(family):
     """The family's README links each config and the metafile names each, and nothing else."""
     folder = CONFIGS / family
-    names = {path.name for path in PUBLISHED if path.parent == folder}
+    names = {path.name for path in PUBLISHED + PRUNED if path.parent == folder}
     readme = (folder / 'README.md').read_text(encoding='utf-8')
     assert set(re.findall(r'\]\(\./([^)]+\.py)\)', readme)) == names
     models = Config.fromfile(folder / 'metafile.yml').Models

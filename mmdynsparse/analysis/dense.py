@@ -29,9 +29,10 @@ class Pair(NamedTuple):
 def dense_config(model_cfg: Mapping) -> DenseConfig:
     """Replace every sparse type of a model's config by the OpenMMLab type that it stands for.
 
-    Types are resolved as in a training of that config, under mmengine's current default scope.
-    Arguments that only the sparse type takes are dropped. Where the original's library is not
-    installed, the sparse class without ``sparsity``, which computes the same, stands in.
+    Types are resolved as in a training of that config, under mmengine's current default scope. The
+    original of a pruned part is the one before pruning. Arguments that only the sparse type takes
+    are dropped. Where the original's library is not installed, the sparse class without
+    ``sparsity``, which computes the same, stands in.
 
     Args:
         model_cfg: The ``model`` of a config. It is not changed.
@@ -70,10 +71,18 @@ def build_pair(model_cfg: Mapping) -> Pair:
 def share_weights(sparse: nn.Module, dense: nn.Module) -> None:
     """Copy the weights of a sparse model that its dense original has, which is all of them.
 
+    Where the backbone is pruned, its original keeps weights of its own in the place of those that
+    are gone: its cost does not depend on them.
+
     Raises:
         ValueError: If the original has weights that the sparse model lacks.
     """
-    missing = dense.load_state_dict(sparse.state_dict(), strict=False).missing_keys
+    weights = sparse.state_dict()
+    if getattr(getattr(sparse, 'backbone', None), 'pruning', None) is not None:
+        own = dense.state_dict()
+        known = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+        weights = own | known
+    missing = dense.load_state_dict(weights, strict=False).missing_keys
     missing = [key for key in missing if not key.endswith('num_batches_tracked')]
     if missing:
         raise ValueError(
@@ -91,7 +100,12 @@ def _replace(node: object, originals: list[str]) -> None:
     if sparse is None:
         return
     is_sparse = node.pop('sparsity', None) is not None or 'sparsity' not in _arguments(sparse)
+<<<<<<< HEAD
     original = resolve_type(sparse.original)
+=======
+    is_sparse = node.pop('pruning', None) is not None or is_sparse
+    original = _resolve(sparse.original)
+>>>>>>> spvit
     name = f'{sparse.__name__} without sparsity (for {sparse.original})'
     if original is not None:
         name = f'{original.__module__.split(".")[0]}.{original.__name__}'

@@ -1,6 +1,12 @@
 """What exists only while a model is trained or tested."""
 
-from .hooks import DenseSparseSchedule, DistillationHook, FreezePretrained, SparsityHook
+from .hooks import (
+    DenseSparseSchedule,
+    DistillationHook,
+    FreezePretrained,
+    SinglePathSearchHook,
+    SparsityHook,
+)
 from .loops import MultiBudgetTestLoop, MultiBudgetValLoop
 from .parameters import FineTuneOptimWrapperConstructor
 from .strategy import FSDPStrategy
@@ -13,5 +19,6 @@ __all__ = [
     'FreezePretrained',
     'MultiBudgetTestLoop',
     'MultiBudgetValLoop',
+    'SinglePathSearchHook',
     'SparsityHook',
 ]

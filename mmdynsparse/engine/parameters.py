@@ -6,7 +6,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
-from ..utils.checkpoints import NEW_PARTS, is_new, unwrap
+from ..utils.checkpoints import GATE_PARTS, NEW_PARTS, is_new, unwrap
 
 
 def new_parameters(model: nn.Module, parts: Sequence[str]) -> set[str]:
@@ -25,7 +25,8 @@ class FineTuneOptimWrapperConstructor:
 
     Another constructor sets weight decays, and learning rates by place or layer; this one then
     multiplies the rates of the pretrained parameters and resets those of the new ones, which
-    ``custom_keys`` cannot do beside a rule for norms, because only one key counts for a name.
+    ``custom_keys`` cannot do beside a rule for norms, because only one key counts for a name. The
+    gates of a search get a group of their own, the last one, without weight decay.
 
     Args:
         optim_wrapper_cfg: Config of the optimizer wrapper, with its optimizer.
@@ -60,23 +61,40 @@ class FineTuneOptimWrapperConstructor:
         """Build the optimizer wrapper of a model."""
         inner = unwrap(model)
         new = {id(inner.get_parameter(name)) for name in new_parameters(inner, self.new_parts)}
+        gates = {id(p) for name, p in inner.named_parameters() if is_new(name, GATE_PARTS)}
         wrapper = self._constructor(model)
         groups = wrapper.optimizer.param_groups
-        groups[:] = [half for group in groups for half in self._split(group, new)]
+        parts = [part for group in groups for part in self._split(group, new, gates)]
+        rest = [part for part in parts if not part.pop('has_gates')]
+        own = [dict(part, weight_decay=0.0) for part in parts if id(part['params'][0]) in gates]
+        groups[:] = [*rest, *_joined(own)]
         return wrapper
 
-    def _split(self, group: dict, new: set[int]) -> list[dict]:
-        """Split a group of the optimizer into its new and its pretrained parameters."""
+    def _split(self, group: dict, new: set[int], gates: set[int]) -> list[dict]:
+        """Split a group of the optimizer into gates, new and pretrained parameters."""
         # Only the optimizer may use the names, and only if all parameters have one.
         names = group.get('param_names')
         halves = []
-        for is_pretrained in (False, True):
-            indices = [i for i, p in enumerate(group['params']) if (id(p) in new) != is_pretrained]
+        kinds = [(id(p) in gates, id(p) not in new | gates) for p in group['params']]
+        for is_gate, is_pretrained in ((True, False), (False, False), (False, True)):
+            wanted = (is_gate, is_pretrained)
+            indices = [i for i, kind in enumerate(kinds) if kind == wanted]
             if not indices:
                 continue
             lr = group['lr'] * self.pretrained_lr_mult if is_pretrained else self.base_lr
             half = dict(group, params=[group['params'][i] for i in indices], lr=lr)
+            half['has_gates'] = is_gate
             if names is not None:
                 half['param_names'] = [names[i] for i in indices]
             halves.append(half)
         return halves
+
+
+def _joined(groups: list[dict]) -> list[dict]:
+    """Return groups with the same settings as one."""
+    if not groups:
+        return []
+    one = dict(groups[0], params=[p for group in groups for p in group['params']])
+    if 'param_names' in one:
+        one['param_names'] = [name for group in groups for name in group['param_names']]
+    return [one]

@@ -181,11 +181,13 @@ class ShiftWindowMSA(BaseModule):
     ) -> WindowRows:
         """Find what ``forward`` reads, see :func:`mmdynsparse.ops.kept_window_rows`.
 
-        It depends on the decision, the map and the shift.
+        It depends on the decision, the map and ``rows_key``. ``cells_A`` are the kept cells, of
+        any size.
         """
-        heads = self.w_msa.num_heads
-        windows = (self.window_size, self.shift(hw))
-        return kept_window_rows(kept_K, batch, hw, *windows, heads, cells_A)
+        heads, size = self.w_msa.num_heads, self.window_size
+        if cells_A is not None and kept_K.shape[0] != cells_A.shape[0] * size**2:
+            cells_A = None
+        return kept_window_rows(kept_K, batch, hw, size, self.shift(hw), heads, cells_A)
 
     def _attend(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
         if is_exporting():  # cutting and rolling would be a dozen copies; an index is one
@@ -237,6 +239,10 @@ class ShiftWindowMSA(BaseModule):
         dims = y.shape[1] // (parts * heads)
         y = y.view(-1, dims).index_select(0, rows)
         return y.view(parts, -1, heads, self.window_size**2, dims).unbind(0)
+
+    def rows_key(self, hw: tuple[int, int]) -> int:
+        """Return what ``kept_rows`` depends on beside the decision and the map."""
+        return self.shift(hw)
 
     def shift(self, hw: tuple[int, int]) -> int:
         """Return the cyclic shift on a map of this height and width, in tokens."""

@@ -31,6 +31,25 @@ from .select import (
     sample_decision,
     select_decision,
 )
+from .single_path import (
+    MIXER_LETTERS,
+    MIXERS,
+    BlockShape,
+    Bottleneck,
+    Kernels,
+    bottleneck,
+    chain,
+    chosen_mixer,
+    cost_gates,
+    ffn_macs,
+    gated_cost,
+    mix_heads,
+    mixer_macs,
+    mixer_weights,
+    open_gates,
+    sample_gates,
+    throttle,
+)
 from .tokens import (
     TokenSubset,
     attention_received,

@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     Returns:
         (..., C_out)
     """
-    if _runs_in_one_dnn(x):
+    if _runs_in_one_dnn(x) and weight.numel():
         act, algorithm = ('gelu', 'none') if gelu else ('none', '')
         # On weights that are a part of others it falls back to a loop, a thousand times slower.
         return _ONE_DNN(x, weight.contiguous(), bias, act, [], algorithm)

@@ -146,3 +146,13 @@ def test_regions_of_a_detector_see_the_dense_features(path, scope):
             for model in (sparse, dense)
         )
     torch.testing.assert_close(ours, original, atol=1e-4, rtol=1e-4)
+
+
+def test_the_original_of_a_pruned_model_is_the_one_before_pruning(scope):
+    scope('mmseg')
+    pruning = dict(mixers=[['conv1'], ['none'], ['msa', 'msa'], ['msa']])
+    cfg = {k: v for k, v in SWIN.items() if k != 'sparsity'} | dict(pruning=pruning)
+    model = dict(type='Anything', backbone=cfg)
+    dense, originals = dense_config(model)
+    assert originals == ['mmseg.SwinTransformer']
+    assert set(dense['backbone']) == set(cfg) - {'pruning'}

@@ -101,3 +101,13 @@ def test_no_learning_rate():
     )
     with pytest.raises(ValueError, match='lr must be given'):
         build_optim_wrapper(Model(SWIN), cfg)
+
+
+def test_gates_have_a_group_of_their_own():
+    backbone = {k: v for k, v in SWIN.items() if k != 'sparsity'}
+    settings = build(dict(backbone, pruning=dict(search=True)), pretrained_lr_mult=0.1)
+    gates = {name for name in settings if 'gate_logits' in name}
+    assert len(gates) == 10
+    for name, setting in settings.items():
+        lr = 0.1 if is_new(name) else 0.01
+        assert setting == pytest.approx((lr, 0.0 if name in gates else 0.5)), name

@@ -192,3 +192,20 @@ def test_processes_end_with_a_code(
 def test_cuda_without_cuda(fails: Callable, write_config: Callable) -> None:
     line = fails(TOOL, write_config('seg'), '--device', 'cuda')
     assert "--device must be 'cpu' on a machine without CUDA, got 'cuda'" in line
+
+
+@pytest.mark.parametrize('sparse', [False, True])
+def test_pruned_models(sparse: bool, run: Callable, write_config: Callable) -> None:
+    """Beside the model before pruning; a keep ratio is that of the pruned model."""
+    extra = """
+model['backbone']['pruning'] = dict(
+    mixers=[['conv1'], ['none'], ['msa', 'conv3'], ['msa']], hidden=[[20], [9], [192, 60], [100]])
+"""
+    extra += '' if sparse else "model['backbone']['sparsity'] = None\n"
+    ratios = ('--keep-ratios', '1.0', '0.5') if sparse else ()
+    args = ('--sizes', '64', '--batch-sizes', 1, '--parts', 'backbone', *ratios)
+    result, _ = run(write_config('seg', extra, name=f'pruned-{sparse}'), *args)
+    dense, *rows = result['rows']
+    gmacs = [row['gmacs'] for row in (dense, *rows)]
+    assert max(gmacs[1:]) < 0.9 * gmacs[0]
+    assert [row['keep_ratios'] for row in rows] == ([[1.0], [0.5]] if sparse else [[]])

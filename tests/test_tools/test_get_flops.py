@@ -11,6 +11,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmdynsparse.analysis.architecture import architecture_macs
 from mmdynsparse.analysis.dense import build_pair
 from mmdynsparse.analysis.flops import CostMeter
 from mmdynsparse.analysis.images import dataset_batches
@@ -120,3 +121,26 @@ def test_no_images(fails: Callable, write_config: Callable, tmp_path: Path) -> N
     assert 'config must have a test_dataloader' in fails(TOOL, config)
     line = fails(TOOL, config, '--images', Path(__file__))
     assert '--images needs test_dataloader.dataset.pipeline' in line
+
+
+PRUNING = """
+model['backbone']['pruning'] = dict(
+    mixers=[['conv1'], ['none'], ['msa', 'conv3'], ['msa']], hidden=[[20], [0], [192, 60], [100]])
+"""
+
+
+@pytest.mark.parametrize('sparse', [False, True])
+def test_pruned_models(sparse: bool, run: Callable, write_config: Callable) -> None:
+    """Both costs of the backbone are those of the closed form."""
+    extra = PRUNING if sparse else f"{PRUNING}model['backbone']['sparsity'] = None\n"
+    config = write_config('seg', extra, name=f'pruned-{sparse}')
+    result, _ = run(config, '--size', '224', '--num-images', 1, '--depth', 1)
+    (row,) = [row for row in result['modules'] if row['name'] == 'backbone']
+    backbone = Config.fromfile(config).model.backbone
+    pruned = architecture_macs(dict(backbone, sparsity=None), (224, 224)) / 1e9
+    dense = architecture_macs(dict(backbone, sparsity=None, pruning=None), (224, 224)) / 1e9
+    assert row['dense']['gmacs'] == pytest.approx(dense, rel=1e-3)
+    assert row['dense']['params'] > row['sparse']['params']
+    # The FFN that is sparse has 60 hidden units, and a predictor decides for it.
+    assert row['sparse']['gmacs'] == pytest.approx(pruned, rel=0.05 if sparse else 1e-3)
+    assert bool(result['keep_rates']) == sparse

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...layers import ConvPatchEmbed
 from ...registry import MODELS
-from .vit import SparseVisionTransformer, TransformerEncoderLayer
+from .vit import SparseVisionTransformer
+from .vit_layers import TransformerEncoderLayer
 
 # What the residual branches of LV-ViT-S and -M are divided by.
 SKIP_LAM = 2.0
@@ -57,7 +58,7 @@ class SparseLVViT(SparseVisionTransformer):
         patch_bias: Whether the projection of the patches has a bias. Defaults to True.
         norm_eval: Whether the batch norms of the stem keep their statistics in training, as they
             do where they do not learn. Defaults to False.
-        **kwargs: Other arguments of :class:`SparseVisionTransformer`.
+        **kwargs: Other arguments of :class:`SparseVisionTransformer`, but ``pruning``.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -81,6 +82,8 @@ class SparseLVViT(SparseVisionTransformer):
         norm_eval: bool = False,
         **kwargs,
     ) -> None:
+        if kwargs.get('pruning') is not None:
+            raise ValueError(f'pruning must be None in a SparseLVViT, got {kwargs["pruning"]}')
         super().__init__(
             patch_size=patch_size,
             embed_dims=embed_dims,

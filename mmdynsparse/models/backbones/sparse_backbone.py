@@ -26,6 +26,7 @@ from ...ops import (
 from ...utils.checkpoints import is_new, load_pretrained
 from ..decider import Decider, build_part
 from ..features import with_decisions
+from ..pruning import Pruning
 from ..sparsity import Sparsity
 
 
@@ -70,6 +71,8 @@ class SparseBackbone(BaseModule):
     executions: ClassVar[tuple[str, ...]] = EXECUTIONS
     # Values of ``sparsity`` that not every family takes, and that this one does.
     options: ClassVar[tuple[str, ...]] = ('cell_size', 'follow')
+    # What is left of the blocks; None in a family that cannot be pruned.
+    pruning: Pruning | None = None
 
     def __init__(
         self,
@@ -165,12 +168,27 @@ class SparseBackbone(BaseModule):
                     f'sparsity.{name} must be {default} in a {type(self).__name__}, got {value}'
                 )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """Leave out the norms of outputs that this model does not have."""
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        """Leave out the norms of outputs that this model does not have.
+
+        Raises:
+            ValueError: If the checkpoint is of a model with another ``pruning.norm_identity``.
+        """
+        if self.pruning is not None and not self.pruning.search:
+            own = self.pruning.norm_identity
+            if local_metadata.get('norm_identity', own) != own:
+                raise ValueError(
+                    f'pruning.norm_identity must be {not own} for this checkpoint, got {own}'
+                )
         for name in [k for k in state_dict if re.match(r'norm\d\.', k.removeprefix(prefix))]:
             if name.startswith(prefix) and not hasattr(self, name[len(prefix) :].split('.')[0]):
                 del state_dict[name]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.pruning is not None and hasattr(destination, '_metadata'):
+            destination._metadata[prefix[:-1]]['norm_identity'] = self.pruning.norm_identity
 
 
 class StagedBackbone(SparseBackbone):

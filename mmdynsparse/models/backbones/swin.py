@@ -11,111 +11,20 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.drop import DropPath
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from ...layers import FFN, PatchEmbed, PatchMerging, ShiftWindowMSA
-from ...ops import Plan, WindowRows, kept_and_dropped, region, two_paths
-from ...ops.kernels import MlpWeights
+from ...layers import PatchEmbed, PatchMerging, ShiftWindowMSA
+from ...ops import Plan
 from ...registry import MODELS
 from ...utils.checkpoints import resize_bias_table, resize_pos_embed
-from ..decider import build_part
-from .sparse_backbone import Block, StagedBackbone, checkpoint_cfg
-
-
-class SwinBlock(Block):
-    """Window attention, then FFN (slow) or fast path for each token.
-
-    With ``shift`` the windows are shifted by half their side. ``fast_path`` is a config, or None
-    for a block that is never sparse or whose dropped tokens stay as they are. With
-    ``sparse_attention``, attention too updates kept tokens only. ``attn_kwargs`` are further
-    arguments of :class:`ShiftWindowMSA`.
-    """
-
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        feedforward_channels: int,
-        window_size: int,
-        shift: bool,
-        drop_rate: float,
-        drop_path_rate: float,
-        act_cfg: dict,
-        norm_cfg: dict,
-        with_cp: bool,
-        fast_path: dict | None,
-        sparse_attention: bool,
-        **attn_kwargs,
-    ) -> None:
-        super().__init__(with_cp)
-        self.sparse_attention = sparse_attention
-        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = ShiftWindowMSA(
-            embed_dims,
-            num_heads,
-            window_size,
-            shift_size=window_size // 2 if shift else 0,
-            proj_drop_rate=drop_rate,
-            **attn_kwargs,
-        )
-        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FFN(embed_dims, feedforward_channels, act_cfg, ffn_drop=drop_rate)
-        self.fast_path = build_part(fast_path, embed_dims) if fast_path else None
-        self.drop_path = DropPath(drop_path_rate)
-
-    def _forward(
-        self, x: Tensor, hw: tuple[int, int], plan: Plan, rows: WindowRows | None = None
-    ) -> Tensor:
-        """Return the block's output for tokens (B, N, C); ``rows`` as of ``ShiftWindowMSA``."""
-        if rows is not None:
-            return self._forward_kept(x, hw, plan, rows)
-        update = self.attn(self.norm1(x), hw)
-        if self.sparse_attention and plan.mask is not None:
-            update = update * plan.mask.unsqueeze(-1).to(update.dtype)
-        x = x + self.drop_path(update)
-        paths = (self._slow_path, self.fast_path)
-        return two_paths(x, x, *paths, plan, self.drop_path, self._slow_weights)
-
-    def _forward_kept(self, x: Tensor, hw: tuple[int, int], plan: Plan, rows: WindowRows) -> Tensor:
-        x_RC = x.flatten(0, 1)
-        if rows.tokens is not None:
-            with region('gather'):
-                x_RC = x_RC.index_select(0, rows.tokens)
-        update_KC = self.attn(self.norm1(x_RC), hw, rows)
-        if plan.form == 'triton':
-            with region('scatter'):
-                # Not index_add: static shapes may list a token twice.
-                x_PC = x.flatten(0, 1)
-                kept_KC = x_PC.index_select(0, plan.kept) + update_KC
-                x = x_PC.index_copy(0, plan.kept, kept_KC).view_as(x)
-            paths = (self._slow_path, self.fast_path)
-            return two_paths(x, x, *paths, plan, self.drop_path, self._slow_weights)
-
-        # Attention and FFN of a kept token are one update, scattered once: x_KC are all of them.
-        def slow_path(x_KC: Tensor) -> Tensor:
-            return update_KC + self._slow_path(x_KC + update_KC)
-
-        return two_paths(x, x, slow_path, self.fast_path, plan, self.drop_path)
-
-    def _slow_path(self, x: Tensor) -> Tensor:
-        return self.ffn(self.norm2(x))
-
-    def _slow_weights(self) -> MlpWeights:
-        return self.ffn.weights(self.norm2)
-
-
-class SwinStage(BaseModule):
-    """The blocks of one stage, its predictors, and the merging that follows it."""
-
-    def __init__(self, blocks: Sequence[SwinBlock], predictors: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = ModuleList(blocks)
-        self.predictors = ModuleList(predictors)
-        self.downsample: PatchMerging | None = None
+from ..geometry import swin_geometry
+from ..pruning import parse_pruning
+from .pruned_blocks import block_type
+from .sparse_backbone import StagedBackbone, checkpoint_cfg
+from .swin_blocks import SwinBlock, SwinStage
 
 
 @MODELS.register_module()
@@ -157,9 +66,12 @@ class SparseSwinTransformer(StagedBackbone):
         shift_small_maps: Whether windows are shifted on maps whose shorter side fits into one
             window: True as in mmseg and mmdet, False as in the original Swin repository. A
             checkpoint whose metadata names it overrules this. Defaults to True.
+        pruning: What is left of attentions and FFNs, or that gates search for it, see
+            :class:`~mmdynsparse.models.pruning.Pruning`. Defaults to None, all.
 
     Raises:
-        ValueError: If ``sparsity``, ``strides``, ``out_indices`` or ``init_cfg`` is not valid.
+        ValueError: If ``sparsity``, ``pruning``, ``strides``, ``out_indices`` or ``init_cfg`` is
+            not valid.
     """
 
     original = 'SwinTransformer'
@@ -193,44 +105,53 @@ class SparseSwinTransformer(StagedBackbone):
         init_cfg: dict | None = None,
         sparsity: Mapping | None = None,
         shift_small_maps: bool = True,
+        pruning: Mapping | None = None,
     ) -> None:
-        cfg = checkpoint_cfg(init_cfg, pretrained)
-        super().__init__(sparsity, depths, out_indices, frozen_stages, cfg)
+        base = (depths, out_indices, frozen_stages, checkpoint_cfg(init_cfg, pretrained))
+        super().__init__(sparsity, *base)
         if strides[0] != patch_size:
             raise ValueError(f'strides[0] must equal patch_size {patch_size}, got {strides[0]}')
-        self.convert_weights = convert_weights
+        sizes = (in_channels, embed_dims, window_size, mlp_ratio, depths, num_heads, strides)
+        self.geometry = swin_geometry(*sizes, self.out_indices)
+        self.pruning = parse_pruning(pruning, self.geometry, self.sparsity, alpha=100.0)
+        self.convert_weights, self.use_abs_pos_embed = convert_weights, use_abs_pos_embed
         self.source = 'swin' if convert_weights else 'mmdet'
-        self.use_abs_pos_embed = use_abs_pos_embed
         self.num_features = [embed_dims * 2**i for i in range(len(depths))]
-        act_cfg = act_cfg or dict(type='GELU')
-        norm_cfg = norm_cfg or dict(type='LN')
+        act_cfg, norm_cfg = act_cfg or dict(type='GELU'), norm_cfg or dict(type='LN')
         patch_norm_cfg = norm_cfg if patch_norm else None
         self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size, patch_norm_cfg)
         if use_abs_pos_embed:
-            self.pretrain_hw = tuple(s // patch_size for s in to_2tuple(pretrain_img_size))
-            position_1NC = torch.zeros(1, math.prod(self.pretrain_hw), embed_dims)
-            self.absolute_pos_embed = nn.Parameter(position_1NC)
+            self._add_position(pretrain_img_size, patch_size)
         self.drop_after_pos = nn.Dropout(drop_rate)
         attention = dict(window_size=window_size, qkv_bias=qkv_bias, qk_scale=qk_scale)
         attention |= dict(attn_drop_rate=attn_drop_rate, shift_small_maps=shift_small_maps)
+        self._shift_small_maps = shift_small_maps
         block = dict(drop_rate=drop_rate, act_cfg=act_cfg, norm_cfg=norm_cfg, with_cp=with_cp)
         rates = torch.linspace(0, drop_path_rate, sum(depths)).split(tuple(depths))
         self.stages = ModuleList()
         for i, dims in enumerate(self.num_features):
-            own = dict(num_heads=num_heads[i], feedforward_channels=int(mlp_ratio * dims))
+            own = dict(num_heads=num_heads[i], feedforward_channels=self.geometry.widths[i])
             stage = self._build_stage(i, dims, rates[i].tolist(), **own, **block, **attention)
             if i < len(depths) - 1:
                 stage.downsample = PatchMerging(dims, 2 * dims, strides[i + 1], patch_norm_cfg)
             self.stages.append(stage)
+        self._add_norms(norm_cfg)
+        self._freeze()
+
+    def _add_position(self, img_size: int | tuple[int, int], patch_size: int) -> None:
+        self.pretrain_hw = tuple(s // patch_size for s in to_2tuple(img_size))
+        position_1NC = torch.zeros(1, math.prod(self.pretrain_hw), self.num_features[0])
+        self.absolute_pos_embed = nn.Parameter(position_1NC)
+
+    def _add_norms(self, norm_cfg: dict) -> None:
         for i in self.out_indices:
             self.add_module(f'norm{i}', build_norm_layer(norm_cfg, self.num_features[i])[1])
-        self._freeze()
 
     def _build_stage(
         self, i: int, dims: int, drop_path_rates: Sequence[float], **block_kwargs
     ) -> SwinStage:
         blocks = [
-            SwinBlock(
+            block_type(SwinBlock, self.pruning, i, j)(
                 dims,
                 shift=j % 2 == 1,
                 drop_path_rate=rate,
@@ -262,15 +183,9 @@ class SparseSwinTransformer(StagedBackbone):
         return _map(*self.stages[stage - 1].downsample(_tokens(x), tuple(x.shape[2:])))
 
     def _run_blocks(self, x: Tensor, blocks: Sequence[SwinBlock], plan: Plan) -> Tensor:
-        hw, x, rows = tuple(x.shape[2:]), _tokens(x), {}
+        hw, x, found = tuple(x.shape[2:]), _tokens(x), {}
         for block in blocks:
-            shift = block.attn.shift(hw)
-            if self.sparse_attention and plan.gathers and shift not in rows:
-                with region('gather'):
-                    are_windows = plan.decision.cell_size == block.attn.window_size
-                    cells = kept_and_dropped(plan.decision)[0] if are_windows else None
-                    rows[shift] = block.attn.kept_rows(plan.kept, x.shape[0], hw, cells)
-            x = block(x, hw, plan, rows.get(shift))
+            x = block(x, hw, plan, block.find_rows(plan, x.shape[0], hw, found))
         return _map(x, hw)
 
     def _output(self, x: Tensor, stage: int) -> Tensor:
@@ -315,10 +230,11 @@ class SparseSwinTransformer(StagedBackbone):
     @property
     def shift_small_maps(self) -> bool:
         """Whether windows are shifted on maps whose shorter side fits into one window."""
-        return self.stages[0].blocks[0].attn.shift_small_maps
+        return self._shift_small_maps
 
     @shift_small_maps.setter
     def shift_small_maps(self, shift: bool) -> None:
+        self._shift_small_maps = shift
         for m in self.modules():
             if isinstance(m, ShiftWindowMSA):
                 m.shift_small_maps = shift

@@ -13,14 +13,13 @@ from typing import ClassVar
 
 import torch
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.drop import DropPath
 from mmengine.logging import print_log
 from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, kaiming_init, trunc_normal_
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from ...layers import FFN, PatchEmbed, TokenMSA
+from ...layers import PatchEmbed
 from ...ops import (
     Decision,
     TokenSubset,
@@ -33,52 +32,11 @@ from ...ops import (
 )
 from ...registry import MODELS
 from ...utils.checkpoints import resize_pos_embed
-from .sparse_backbone import Block, SparseBackbone, checkpoint_cfg, output_indices
-
-
-class TransformerEncoderLayer(Block):
-    """Attention and FFN over all tokens, or over the kept ones; arguments as of the backbone."""
-
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        feedforward_channels: int,
-        norm_cfg: dict,
-        qkv_bias: bool,
-        drop_rate: float,
-        attn_drop_rate: float,
-        drop_path_rate: float,
-        act_cfg: dict,
-        num_fcs: int,
-        with_cp: bool,
-    ) -> None:
-        super().__init__(with_cp)
-        self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = TokenMSA(embed_dims, num_heads, attn_drop_rate, drop_rate, qkv_bias)
-        self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FFN(embed_dims, feedforward_channels, act_cfg, num_fcs, ffn_drop=drop_rate)
-        self.drop_path = DropPath(drop_path_rate)
-
-    def _forward(
-        self,
-        x: Tensor,
-        policy_BT: Tensor | None = None,
-        valid_BT: Tensor | None = None,
-        queries: str | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the tokens (B, T, C) after the layer; arguments and pairs as of ``TokenMSA``.
-
-        Tokens that the policy drops stay as they are.
-        """
-        update = self.attn(self.ln1(x), policy_BT, valid_BT, queries)
-        if queries is not None:
-            update, received_BT = update
-        y = x + update
-        y = y + self.drop_path(self.ffn(self.ln2(y)))
-        if policy_BT is not None:
-            y = torch.lerp(x, y, policy_BT.unsqueeze(-1).to(y.dtype))
-        return y if queries is None else (y, received_BT)
+from ..geometry import vit_geometry
+from ..pruning import parse_pruning
+from .pruned_blocks import block_type
+from .sparse_backbone import SparseBackbone, checkpoint_cfg, output_indices
+from .vit_layers import Place, TransformerEncoderLayer
 
 
 @MODELS.register_module()
@@ -128,6 +86,9 @@ class SparseVisionTransformer(SparseBackbone):
             layers are stage 0, the schedule defaults to 'power' and the locations to a quarter,
             half and three quarters of the depth. None is the dense model. Defaults to None.
         reactivate: See above. Defaults to False.
+        pruning: What is left of attentions and FFNs, or that gates search for it, see
+            :class:`~mmdynsparse.models.pruning.Pruning`; all layers are stage 0. Defaults to None,
+            all.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -174,29 +135,30 @@ class SparseVisionTransformer(SparseBackbone):
         init_cfg: dict | None = None,
         sparsity: Mapping | None = None,
         reactivate: bool = False,
+        pruning: Mapping | None = None,
     ) -> None:
-        cfg = checkpoint_cfg(init_cfg, pretrained)
-        quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
-        defaults = dict(locations={0: quarters}, schedule='power', fast_path=None)
+        cfg, defaults = checkpoint_cfg(init_cfg, pretrained), sparse_defaults(num_layers)
         super().__init__(sparsity, (num_layers,), cfg, falling=not reactivate, **defaults)
         self.reactivate = reactivate
         self.out_indices = output_indices(out_indices, -1, num_layers)
         self.out_origin = out_origin
-        self.with_cls_token = with_cls_token
-        self.output_cls_token = output_cls_token
+        self.with_cls_token, self.output_cls_token = with_cls_token, output_cls_token
         self.interpolate_mode = interpolate_mode
         self.frozen_exclude = tuple(frozen_exclude)
+        sizes = (in_channels, embed_dims, patch_size, mlp_ratio, num_layers, num_heads)
+        self.geometry = vit_geometry(*sizes, self.out_indices, with_cls_token)
+        self.pruning = parse_pruning(pruning, self.geometry, self.sparsity, alpha=0.01)
         self.pos_hw = tuple(s // patch_size for s in to_2tuple(img_size))
-        self._check(patch_pad)
+        self._check(patch_pad, num_fcs)
         norm_cfg, patch = norm_cfg or dict(type='LN'), (in_channels, embed_dims, patch_size)
         self._build_embedding(patch, norm_cfg if patch_norm else None, patch_bias, drop_rate)
         self.ln_pre = build_norm_layer(norm_cfg, embed_dims)[1] if pre_norm else None
         args = (embed_dims, num_heads, mlp_ratio * embed_dims, norm_cfg, qkv_bias, drop_rate)
-        act_cfg = act_cfg or dict(type='GELU')
-        self.layers = ModuleList(
-            self.layer_type(*args, attn_drop_rate, rate, act_cfg, num_fcs, with_cp)
-            for rate in torch.linspace(0, drop_path_rate, num_layers).tolist()
-        )
+        rates = torch.linspace(0, drop_path_rate, num_layers).tolist()
+        rest = (act_cfg or dict(type='GELU'), num_fcs, with_cp)
+        types = [block_type(self.layer_type, self.pruning, 0, i) for i in range(num_layers)]
+        layers = [t(*args, attn_drop_rate, *r, *rest) for t, *r in zip(types, rates, strict=True)]
+        self.layers = ModuleList(layers)
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1] if final_norm else None
         self.predictors = ModuleList(self.build_predictors(0, embed_dims))
         self._freeze()
@@ -226,7 +188,8 @@ class SparseVisionTransformer(SparseBackbone):
                 index = locations.index(i)
                 decisions.append(self._decide(whole, hw, index, decisions, subset, received))
                 tokens, subset, policy = self._drop(whole, decisions[-1])
-            tokens, received = self._run_layer(i, tokens, subset, policy)
+            place = Place(hw, whole, subset)
+            tokens, received = self._run_layer(i, tokens, policy, place)
             if i in self.out_indices:
                 out = tokens if subset is None else put_tokens(whole, tokens, subset)
                 last = i == len(self.layers) - 1
@@ -263,7 +226,7 @@ class SparseVisionTransformer(SparseBackbone):
         )
 
     def _run_layer(
-        self, i: int, tokens_BTC: Tensor, subset: TokenSubset | None, policy_BT: Tensor | None
+        self, i: int, tokens_BTC: Tensor, policy_BT: Tensor | None, place: Place
     ) -> tuple[Tensor, Tensor | None]:
         """Return the tokens after a layer, and what they receive where a decision reads that.
 
@@ -276,10 +239,9 @@ class SparseVisionTransformer(SparseBackbone):
                 queries = self.predictors[index].queries
         if tokens_BTC.shape[1] == 0:
             return tokens_BTC, None if queries is None else tokens_BTC[..., 0]
-        valid_BT = None if subset is None else subset.valid
-        if queries is None:
-            return self.layers[i](tokens_BTC, policy_BT, valid_BT), None
-        return self.layers[i](tokens_BTC, policy_BT, valid_BT, queries)
+        valid_BT = None if place.subset is None else place.subset.valid
+        out = self.layers[i](tokens_BTC, policy_BT, valid_BT, queries, place)
+        return (out, None) if queries is None else out
 
     def _drop(
         self, whole_BTC: Tensor, decision: Decision
@@ -367,9 +329,11 @@ class SparseVisionTransformer(SparseBackbone):
             if part is not None:
                 part.requires_grad_(False)
 
-    def _check(self, patch_pad: str) -> None:
+    def _check(self, patch_pad: str, num_fcs: int) -> None:
         if patch_pad != 'corner':
             raise ValueError(f"patch_pad must be 'corner', got {patch_pad!r}")
+        if self.pruning is not None and num_fcs != 2:
+            raise ValueError(f'num_fcs must be 2 with pruning, got {num_fcs}')
         if self.output_cls_token and not self.with_cls_token:
             raise ValueError('output_cls_token needs with_cls_token, got with_cls_token=False')
         if self.sparsity is None:
@@ -388,6 +352,13 @@ class SparseVisionTransformer(SparseBackbone):
             )
 
     def _check_attention(self) -> None:
+        read = [i - 1 for i in self.stage_locations(0)]
+        others = [] if self.pruning is None else [self.pruning.mixers[0][i] for i in read]
+        if set(others) - {'msa'}:
+            raise ValueError(
+                f"pruning.mixers must be 'msa' in the layers {read}, whose attention an "
+                f'AttentionScore reads, got {others}'
+            )
         if self.stage_locations(0)[0] < 1:
             raise ValueError(
                 'sparsity.locations[0] takes layers from 1 on with an AttentionScore, which reads '
@@ -398,3 +369,9 @@ class SparseVisionTransformer(SparseBackbone):
                 "queries of an AttentionScore must be 'mean' without a class token, got 'cls' and "
                 'with_cls_token=False'
             )
+
+
+def sparse_defaults(num_layers: int) -> dict:
+    """Return the defaults of ``sparsity`` for a number of layers."""
+    quarters = tuple(num_layers * i // 4 for i in (1, 2, 3))
+    return dict(locations={0: quarters}, schedule='power', fast_path=None)

@@ -3,18 +3,31 @@
 from .convert import convert_checkpoint
 from .files import check_checkpoint, read_checkpoint
 from .layouts import SOURCES
+from .pruned import Pruned, architecture_of, prune_state_dict
 from .resize import resize_bias_table, resize_pos_embed
-from .weights import NEW_PARTS, check_backbone, check_weights, is_new, load_pretrained, unwrap
+from .weights import (
+    GATE_PARTS,
+    NEW_PARTS,
+    check_backbone,
+    check_weights,
+    is_new,
+    load_pretrained,
+    unwrap,
+)
 
 __all__ = [
+    'GATE_PARTS',
     'NEW_PARTS',
     'SOURCES',
+    'Pruned',
+    'architecture_of',
     'check_backbone',
     'check_checkpoint',
     'check_weights',
     'convert_checkpoint',
     'is_new',
     'load_pretrained',
+    'prune_state_dict',
     'read_checkpoint',
     'resize_bias_table',
     'resize_pos_embed',

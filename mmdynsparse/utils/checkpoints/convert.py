@@ -14,8 +14,9 @@ def convert_checkpoint(state_dict: Mapping, source: str) -> StateDict:
             'model'; of a whole OpenMMLab model only the backbone is taken.
         source: Where it comes from: 'mmseg', 'mmdet', 'mmpretrain' (ConvNeXt, ResNet), 'swin'
             and 'convnext' (the original repositories), 'lvvit' (TokenLabeling), 'torchvision'
-            (ResNet), 'timm', or 'dynamicvit' (the published DynamicSwin, DynamicCNN and
-            DynamicViT, of LV-ViT too). The family is known from the names.
+            (ResNet), 'timm', 'dynamicvit' (the published DynamicSwin, DynamicCNN and
+            DynamicViT, of LV-ViT too), or 'spvit' (the published SPViT on Swin and DeiT). The
+            family is known from the names.
 
     Returns:
         The backbone's state dict. Classification layouts have a norm after the last stage only;

@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from .convert import convert_checkpoint, shorten
 from .files import read_checkpoint
 
-# Parts of the names of parameters that only a sparse model has.
-NEW_PARTS = ('.predictors.', '.predictor.', '.fast_path.')
+# Parts of the names of gates, of which a search of operations has one optimizer group.
+GATE_PARTS = ('.gate_logits',)
+# Parts of the names of parameters that only a sparse model, or a search of operations, has.
+NEW_PARTS = (
+    *('.predictors.', '.predictor.', '.fast_path.'),
+    *(*GATE_PARTS, '.head_logits', '.mix_norm'),
+)
 # Tensors of a backbone that do not make it another one: output norms, which depend on
 # ``out_indices``, classifiers, and what follows from the window size.
 OPTIONAL = re.compile(

@@ -6,7 +6,7 @@ A layout is known by its source and by the name of a tensor that it always has.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import convnext, resnet, swin, vit
+from . import convnext, resnet, spvit, swin, vit
 from .common import StateDict
 
 
@@ -29,6 +29,8 @@ LAYOUTS = (
     Layout(('timm',), 'layer1.0.conv1.weight', resnet.from_timm),
     Layout(('mmseg',), 'layers.0.attn.attn.in_proj_weight', vit.from_openmmlab),
     Layout(('timm', 'lvvit', 'dynamicvit'), 'blocks.0.attn.qkv.weight', vit.from_timm),
+    Layout(('spvit',), 'layers.0.blocks.0.norm2.weight', spvit.from_swin),
+    Layout(('spvit',), 'blocks.0.norm2.weight', spvit.from_deit),
 )
 SOURCES = tuple(sorted({source for layout in LAYOUTS for source in layout.sources}))
 

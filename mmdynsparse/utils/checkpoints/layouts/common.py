@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ....ops import bottleneck, mix_heads
+
 StateDict = Mapping[str, Tensor]
 Renames = Sequence[tuple[str, str]]
 
@@ -49,3 +51,26 @@ def add_output_norms(out: dict[str, Tensor], first_norm: str) -> None:
     for i, weight in enumerate(dims[:-1]):
         out[f'norm{i}.weight'] = torch.ones_like(weight)
         out[f'norm{i}.bias'] = torch.zeros_like(weight)
+
+
+def fold_heads(
+    attn: Mapping[str, Tensor | None], head_logits: Tensor, alpha: float, kernel_size: int
+) -> dict[str, Tensor]:
+    """Return ``reduce`` and ``expand`` of a ``BottleneckConv`` from the weights of an attention.
+
+    Args:
+        attn: Tensors by the names 'value', 'value_bias', 'output' and 'output_bias'; biases may be
+            None.
+        head_logits: (h, 9), positions row by row.
+        alpha: Divides them.
+        kernel_size: 1 or 3.
+    """
+    args = (attn['value'], attn['value_bias'], attn['output'], head_logits, alpha)
+    mixed = bottleneck(mix_heads(*args), kernel_size)
+    out = {
+        'reduce.weight': mixed.reduce.contiguous(),
+        'reduce.bias': mixed.bias,
+        'expand.weight': mixed.expand[:, :, None, None].contiguous(),
+        'expand.bias': attn['output_bias'],
+    }
+    return {name: value for name, value in out.items() if value is not None}

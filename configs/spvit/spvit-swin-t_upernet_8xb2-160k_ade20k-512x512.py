@@ -1,0 +1,6 @@
+_base_ = [
+    '../_base_/models/upernet_spvit-swin-t.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/schedules/seg_160k.py',
+    '../_base_/seg_runtime.py',
+]
