@@ -100,12 +100,8 @@ def _replace(node: object, originals: list[str]) -> None:
     if sparse is None:
         return
     is_sparse = node.pop('sparsity', None) is not None or 'sparsity' not in _arguments(sparse)
-<<<<<<< HEAD
-    original = resolve_type(sparse.original)
-=======
     is_sparse = node.pop('pruning', None) is not None or is_sparse
-    original = _resolve(sparse.original)
->>>>>>> spvit
+    original = resolve_type(sparse.original)
     name = f'{sparse.__name__} without sparsity (for {sparse.original})'
     if original is not None:
         name = f'{original.__module__.split(".")[0]}.{original.__name__}'
