@@ -1,15 +1,7 @@
 # The config that the pruned model of the search inherits: prune_checkpoint.py --finetune. Until
 # then it has the published architecture at half the width.
-_base_ = '../sparse_swin/mask-rcnn_swin-n_fpn_1xb2-2k_camvid.py'
-model = dict(
-    backbone=dict(
-        type='mmdynsparse.SparseSwinTransformer',
-        pruning=dict(
-            mixers=[['conv1', 'none'], ['conv1', 'none'], ['msa'] * 6, ['msa'] * 2],
-            hidden=[[93, 76], [323, 252], [675, 660, 645, 625, 617, 541], [1521, 1497]],
-        ),
-    )
-)
+_base_ = ['../sparse_swin/mask-rcnn_swin-n_fpn_1xb2-2k_camvid.py', '../_base_/pruning/swin-n.py']
+model = dict(backbone=dict(type='mmdynsparse.SparseSwinTransformer', pruning=_base_.spvit_swin_n))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=20),
     dict(type='PolyLR', eta_min=1e-6, power=1.0, by_epoch=False, begin=20, end=400),

@@ -24,36 +24,14 @@ def architecture_macs(backbone: Mapping, hw: tuple[int, int]) -> int:
     Raises:
         ValueError: If the type is another one, or ``pruning`` is not valid.
     """
-    geometry, pruning = _parse(backbone)
+    geometry, pruning = parse_architecture(backbone)
     if pruning is None:
         return geometry.macs(hw)
     return geometry.macs(hw, pruning.mixers, pruning.hidden)
 
 
-def published_macs(backbone: Mapping, hw: tuple[int, int], num_classes: int = 1000) -> int:
-    """Return the multiply-adds of a classifier as ziplab/SPViT counts them.
-
-    Their formula also counts norms, with an operation for each channel, and gives the FFNs and the
-    convolutions of a DeiT no class token. Arguments and errors are those of
-    :func:`architecture_macs`.
-    """
-    geometry, pruning = _parse(backbone)
-    shapes, maps = geometry.shapes(hw), geometry.maps(hw)
-    mixers, hidden = (None, None) if pruning is None else (pruning.mixers, pruning.hidden)
-    total = geometry.macs(hw, mixers, hidden) + num_classes * geometry.channels[-1]
-    for i, (shape, run) in enumerate(zip(shapes, geometry.run, strict=True)):
-        total += 2 * shape.tokens * shape.channels * run
-        units = [geometry.widths[i]] * run if hidden is None else hidden[i]
-        total -= 2 * geometry.class_tokens * shape.channels * sum(units)
-    if geometry.window is not None:
-        sizes = [h * w for h, w in maps]
-        total += sizes[0] * geometry.channels[0]
-        total += sum(n * c for n, c in zip(sizes, geometry.channels[:-1], strict=False))
-        total += geometry.channels[-1] * sizes[0] // 2 ** len(sizes)
-    return total
-
-
-def _parse(backbone: Mapping) -> tuple[Geometry, Pruning | None]:
+def parse_architecture(backbone: Mapping) -> tuple[Geometry, Pruning | None]:
+    """Return sizes and pruning of a backbone's config; errors as of ``architecture_macs``."""
     kinds = {f'mmdynsparse.{kind.__name__}': kind for kind in GEOMETRIES}
     kind = kinds.get(backbone.get('type'), backbone.get('type'))
     if kind not in GEOMETRIES:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..deployment.graph import build_graph
 from ..deployment.runtime import BACKENDS as RUNTIMES
 from ..deployment.runtime import Session
 from ..models.decider import keep_ratios
@@ -90,10 +91,12 @@ def _calls(
     model: nn.Module, images: np.ndarray, folder: Path, backends: Sequence[str]
 ) -> Iterator[tuple[str, Callable]]:
     """Yield torch's call of a model, and that of each runtime."""
-    from ..deployment.export import build_graph, describe, export_onnx  # needs onnx
-
     graph = build_graph(model, images.shape[2:])
     yield 'torch', partial(_in_torch, graph, torch.from_numpy(images))
+    if not set(backends) & set(RUNTIMES):
+        return
+    from ..deployment.export import describe, export_onnx  # needs onnx
+
     path = folder / f'{len(list(folder.iterdir()))}.onnx'
     export_onnx(graph, path, describe(graph, None), len(images))
     for backend in [name for name in backends if name in RUNTIMES]:

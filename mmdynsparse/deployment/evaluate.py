@@ -1,6 +1,6 @@
 """Exported models in place of a config's model, for mmengine's test loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -65,13 +65,10 @@ class ExportedDetectorModel(BaseModel):
         sample.set_metainfo(dict(batch_input_shape=metadata.padded_size))
         outputs = [torch.from_numpy(x) for x in self.session(pixels)]
         features, predictions = _grouped(metadata.outputs, outputs)
-        functions = {dense_head(self.detector): lambda maps: predictions}
-        with replaced_methods(functions), _returning(self.detector, features):
+        heads = {dense_head(self.detector): lambda maps: predictions}
+        detectors = {self.detector: lambda images: features}
+        with replaced_methods(heads), replaced_methods(detectors, 'extract_feat'):
             return self.detector.predict(pixels, [sample])[0]
-
-
-def _returning(detector: nn.Module, features: Sequence[Tensor]) -> Callable:
-    return replaced_methods({detector: lambda images: features}, 'extract_feat')
 
 
 def _pixels(image: Tensor) -> np.ndarray:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnxscript  # noqa: F401  (what torch.onnx needs)
 import torch
-from torch import nn
 
 from ..models.decider import deciders
 from .graph import DetectorGraph, SegmentorGraph
@@ -16,34 +15,6 @@ from .runtime import METADATA_KEY, Metadata
 
 # Operators that run one row after the other, or that only one runtime has.
 LOOPS = ('Loop', 'If', 'Scan')
-
-
-def build_graph(
-    model: nn.Module, size: tuple[int, int], argmax: bool = False
-) -> SegmentorGraph | DetectorGraph:
-    """Return the part of a model that is exported, in eval mode.
-
-    Args:
-        model: A segmentor of mmseg or a detector of mmdet.
-        size: Height and width of the images, in px.
-        argmax: Whether a segmentor returns classes in place of logits. Defaults to False.
-
-    Raises:
-        ValueError: If a sparse part's selector has no static shapes, or the model has no part
-            that can be exported.
-    """
-    for name, decider in deciders(model).items():
-        selector = decider.sparsity.selector
-        if selector != 'topk':
-            raise ValueError(
-                f"sparsity.selector must be 'topk' in an exported model, which keeps the same "
-                f'number of locations in every image, got {selector!r} in {name}'
-            )
-    if hasattr(model, 'decode_head'):
-        return SegmentorGraph(model, size, argmax).eval()
-    if argmax:
-        raise ValueError('argmax must be False for a detector, got True')
-    return DetectorGraph(model, size).eval()
 
 
 def describe(graph: SegmentorGraph | DetectorGraph, meta: dict | None) -> Metadata:

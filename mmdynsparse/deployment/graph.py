@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.distillation import is_single
+from ..models.decider import deciders
 
 
 class SegmentorGraph(nn.Module):
@@ -118,6 +119,34 @@ class Preprocessing(nn.Module):
         """Return mean and standard deviation in the order of the image's channels."""
         step = -1 if self.swaps else 1
         return {name: getattr(self, name).flatten().tolist()[::step] for name in ('mean', 'std')}
+
+
+def build_graph(
+    model: nn.Module, size: tuple[int, int], argmax: bool = False
+) -> SegmentorGraph | DetectorGraph:
+    """Return the part of a model that is exported, in eval mode.
+
+    Args:
+        model: A segmentor of mmseg or a detector of mmdet.
+        size: Height and width of the images, in px.
+        argmax: Whether a segmentor returns classes in place of logits. Defaults to False.
+
+    Raises:
+        ValueError: If a sparse part's selector has no static shapes, or the model has no part
+            that can be exported.
+    """
+    for name, decider in deciders(model).items():
+        selector = decider.sparsity.selector
+        if selector != 'topk':
+            raise ValueError(
+                f"sparsity.selector must be 'topk' in an exported model, which keeps the same "
+                f'number of locations in every image, got {selector!r} in {name}'
+            )
+    if hasattr(model, 'decode_head'):
+        return SegmentorGraph(model, size, argmax).eval()
+    if argmax:
+        raise ValueError('argmax must be False for a detector, got True')
+    return DetectorGraph(model, size).eval()
 
 
 def dense_head(model: nn.Module) -> nn.Module:

@@ -78,7 +78,7 @@ class BottleneckConv(BaseModule):
             return update.flatten(0, 1).index_select(0, rows.out_rows)
 
     def kept_rows(
-        self, kept_K: Tensor, batch: int, hw: tuple[int, int], cells_A: Tensor | None = None
+        self, kept_K: Tensor, batch: int, hw: tuple[int, int], cell_size: int = 1
     ) -> ConvRows:
         """Find what ``forward`` reads: the kept locations, or all for a 3 x 3 convolution."""
         return ConvRows(kept_K, None) if self.kernel_size == 1 else ConvRows(None, kept_K)

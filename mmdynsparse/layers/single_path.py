@@ -176,7 +176,7 @@ class SinglePathTokenMSA(SinglePathMixer, TokenMSA):
 
 
 class GatedFFN(FFN):
-    """FFN with a gate for each hidden unit, after the activation.
+    """FFN with a gate for each hidden unit, after the activation; the block sets their logits.
 
     Args:
         embed_dims: Channels C.
@@ -184,7 +184,6 @@ class GatedFFN(FFN):
         act_cfg: Activation.
         num_fcs: Only 2. Defaults to 2.
         ffn_drop: Dropout after each layer. Defaults to 0.
-        init: First logit of every gate. Defaults to 1.5, the published one.
 
     Raises:
         ValueError: If ``num_fcs`` is not 2.
@@ -197,12 +196,11 @@ class GatedFFN(FFN):
         act_cfg: dict,
         num_fcs: int = 2,
         ffn_drop: float = 0.0,
-        init: float = 1.5,
     ) -> None:
         super().__init__(embed_dims, feedforward_channels, act_cfg, num_fcs, ffn_drop)
         if num_fcs != 2:
             raise ValueError(f'num_fcs must be 2 with pruning, got {num_fcs}')
-        self.gate_logits = nn.Parameter(torch.full((feedforward_channels,), float(init)))
+        self.gate_logits = nn.Parameter(torch.ones(feedforward_channels))
 
     def gates(self) -> Tensor:
         """Return 1 for every hidden unit that is on, else 0, (hidden,)."""

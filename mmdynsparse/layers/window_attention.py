@@ -177,17 +177,14 @@ class ShiftWindowMSA(BaseModule):
             return self._attend(x, hw) if rows is None else self._attend_kept(x, hw, rows)
 
     def kept_rows(
-        self, kept_K: Tensor, batch: int, hw: tuple[int, int], cells_A: Tensor | None = None
+        self, kept_K: Tensor, batch: int, hw: tuple[int, int], cell_size: int = 1
     ) -> WindowRows:
         """Find what ``forward`` reads, see :func:`mmdynsparse.ops.kept_window_rows`.
 
-        It depends on the decision, the map and ``rows_key``. ``cells_A`` are the kept cells, of
-        any size.
+        It depends on the decision, the map and ``rows_key``.
         """
-        heads, size = self.w_msa.num_heads, self.window_size
-        if cells_A is not None and kept_K.shape[0] != cells_A.shape[0] * size**2:
-            cells_A = None
-        return kept_window_rows(kept_K, batch, hw, size, self.shift(hw), heads, cells_A)
+        window = (self.window_size, self.shift(hw), self.w_msa.num_heads)
+        return kept_window_rows(kept_K, batch, hw, *window, cell_size)
 
     def _attend(self, x_BNC: Tensor, hw: tuple[int, int]) -> Tensor:
         if is_exporting():  # cutting and rolling would be a dozen copies; an index is one

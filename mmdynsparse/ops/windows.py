@@ -212,7 +212,7 @@ def kept_window_rows(
     window_size: int,
     shift: int,
     heads: int,
-    cells_A: Tensor | None = None,
+    cell_size: int = 1,
 ) -> WindowRows:
     """Find the rows of the windows that hold a kept token, and of the kept tokens in them.
 
@@ -227,15 +227,14 @@ def kept_window_rows(
         window_size: Side of a window, in tokens.
         shift: Cyclic shift, in tokens.
         heads: Attention heads.
-        cells_A: Positions of the kept cells if these are as large as windows, which are then
-            known without a look at the tokens. Used without shift. Defaults to None.
+        cell_size: Side of the decision's cells, in tokens. Defaults to 1.
     """
     device, t, count = kept_K.device, window_size**2, batch * hw[0] * hw[1]
     layout = window_layout(batch, hw, window_size, shift, device)
-    if cells_A is not None and shift == 0 and not shapes_may_vary(device):
-        return _whole_cells(kept_K, cells_A, layout.tokens.flatten(0, 1) < count, heads)
     slot_K = layout.slots.flatten().index_select(0, kept_K)
     window_K = slot_K // t
+    if cell_size == window_size and shift == 0 and not shapes_may_vary(device):
+        return _whole_cells(kept_K, window_K[::t], layout.tokens.flatten(0, 1) < count, heads)
     offset_K = slot_K - window_K * t
     place_AT, windows, tokens, queries = layout.tokens.flatten(0, 1), None, None, kept_K
     if shapes_may_vary(device):
@@ -258,16 +257,16 @@ def kept_window_rows(
     return WindowRows(windows, tokens, *rows, place_AT.numel() > count)
 
 
-def _whole_cells(kept_K: Tensor, cells_A: Tensor, inside_LT: Tensor, heads: int) -> WindowRows:
+def _whole_cells(kept_K: Tensor, windows_A: Tensor, inside_LT: Tensor, heads: int) -> WindowRows:
     """Find the rows of windows that are the kept cells, with static shapes: K = A * T."""
-    inside_AT = inside_LT.index_select(0, cells_A)
+    inside_AT = inside_LT.index_select(0, windows_A)
     entry_K, t = torch.arange(kept_K.shape[0], device=kept_K.device), inside_AT.shape[1]
     place_AT = entry_K.view(inside_AT.shape).where(inside_AT, kept_K.shape[0])
     # What is outside of the map repeats the first token of its cell.
     offset_K = (entry_K % t) * inside_AT.flatten()
     out_rows = _out_rows(entry_K // t, offset_K, t, heads)
     return WindowRows(
-        cells_A, kept_K, None, None, _head_rows(place_AT, 3, heads), out_rows, padded=True
+        windows_A, kept_K, None, None, _head_rows(place_AT, 3, heads), out_rows, padded=True
     )
 
 
@@ -300,8 +299,8 @@ def shift_mask(grid: tuple[int, int], window_size: int, shift: int, device: torc
     Returns:
         (rows, cols, 1, T, T) float32 for a ``grid`` of rows and columns of windows, 0 within a
         region and -1000 across regions; it differs from 0 in the last row and the last column of
-        windows only. Swin's is -100, whose softmax on a CPU is not zero but denormal, which makes
-        the product with the values 40 times slower.
+        windows only. Swin's is -100, whose softmax on a CPU is not zero but denormal, which slows
+        the product with the values down many times.
     """
     region = []
     for count in grid:

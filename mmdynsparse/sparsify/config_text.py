@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from pprint import pformat
 
 from mmengine.config import Config
 
@@ -26,62 +27,20 @@ def child_config(base: str, out: str, cfg: Mapping, changes: Mapping) -> str:
     marked = _over(changes, cfg)
     if not Config._is_lazy_import(base):
         lines = [f'_base_ = {_base_path(base, out)!r}\n']
-        lines += [f'{key} = {as_code(value)}' for key, value in marked.items()]
+        lines += [f'{key} = {_code(value)}' for key, value in marked.items()]
         return '\n'.join(lines) + '\n'
     module = _module(base, out)
     lines = ['from mmengine.config import read_base\n', 'with read_base():']
     lines += [f'    from {module} import *\n']
     for key, value in changes.items():
         merges = isinstance(value, Mapping) and isinstance(cfg.get(key), Mapping)
-        code = as_code(marked[key] if merges else value)
+        code = _code(marked[key] if merges else value)
         lines.append(f'{key}.merge({code})' if merges else f'{key} = {code}')
     return '\n'.join(lines) + '\n'
 
 
-def as_code(value: object, indent: int = 0, before: int = 20) -> str:
-    """Return Python code of plain values, with ``dict(key=value)`` where keys are names.
-
-    Args:
-        value: Dicts, lists, tuples and constants.
-        indent: Of the lines after the first. Defaults to 0.
-        before: Characters that the first line has already. Defaults to 20.
-    """
-    line = _one_line(value)
-    if indent + before + len(line) <= WIDTH or not isinstance(value, Mapping | list | tuple):
-        return line
-    open_, close = _brackets(value)
-    inner = indent + 4
-    entries = []
-    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-        name = _key(key, value) if isinstance(value, Mapping) else ''
-        entries.append(' ' * inner + name + as_code(item, inner, len(name)) + ',')
-    return '\n'.join([open_, *entries, ' ' * indent + close])
-
-
-def _one_line(value: object) -> str:
-    if not isinstance(value, Mapping | list | tuple):
-        return repr(value)
-    open_, close = _brackets(value)
-    if isinstance(value, Mapping):
-        inside = ', '.join(_key(key, value) + _one_line(item) for key, item in value.items())
-    else:
-        inside = ', '.join(map(_one_line, value))
-    comma = ',' if isinstance(value, tuple) and len(value) == 1 else ''
-    return open_ + inside + comma + close
-
-
-def _brackets(value: object) -> tuple[str, str]:
-    if isinstance(value, Mapping):
-        return ('dict(', ')') if _has_names(value) else ('{', '}')
-    return ('[', ']') if isinstance(value, list) else ('(', ')')
-
-
-def _key(key: object, owner: Mapping) -> str:
-    return f'{key}=' if _has_names(owner) else f'{key!r}: '
-
-
-def _has_names(value: Mapping) -> bool:
-    return all(isinstance(key, str) and key.isidentifier() for key in value)
+def _code(value: object) -> str:
+    return pformat(value, width=WIDTH, sort_dicts=False)
 
 
 def _over(value: object, base: object) -> object:

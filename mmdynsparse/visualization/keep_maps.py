@@ -16,17 +16,16 @@ TINT = (40, 80, 200)  # RGB that dropped locations are mixed with, in equal part
 
 
 def keep_map_row(model: nn.Module, batch: dict, scale: float = 1.0) -> np.ndarray:
-    """Run a model on one image and draw it with what each of its sparse parts keeps.
+    """Draw the image that a model has just seen with what each of its sparse parts keeps.
 
     Args:
-        model: The model, in eval mode.
+        model: The model, in eval mode, after ``test_step`` on the batch.
         batch: One image, as a data loader gives it.
         scale: Size of the panels to that of the network's input. Defaults to 1.0.
 
     Returns:
         (H', W', 3) uint8 RGB, see :func:`draw_keep_maps`.
     """
-    model.test_step(batch)
     image = batch['inputs'][0].numpy()[::-1].transpose(1, 2, 0)  # OpenMMLab loads BGR
     height, width = model.data_preprocessor(batch)['inputs'].shape[2:]
     padding = (0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)

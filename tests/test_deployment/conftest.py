@@ -82,7 +82,8 @@ def own_scope() -> None:
 @pytest.fixture(scope='session')
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Exports a model once for all tests and returns the file."""
-    from mmdynsparse.deployment.export import build_graph, describe, export_onnx
+    from mmdynsparse.deployment.export import describe, export_onnx
+    from mmdynsparse.deployment.graph import build_graph
 
     folder, files = tmp_path_factory.mktemp('exported'), {}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmdynsparse.deployment import ExportedSegmentor
+from mmdynsparse.deployment.graph import build_graph
 from mmdynsparse.deployment.runtime import Session, _resize
 
 from .conftest import HW, segmentor
@@ -16,7 +17,6 @@ from .conftest import HW, segmentor
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 from mmdynsparse.deployment.export import (  # noqa: E402
-    build_graph,
     check_operators,
     check_output,
     describe,

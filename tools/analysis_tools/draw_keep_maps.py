@@ -72,8 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             check_data(cfg, 'test')
             batches = dataset_batches(cfg, args.num_images)
-        with torch.no_grad():
-            rows = [keep_map_row(model, batch, args.scale) for batch in batches]
+        rows = []
+        for batch in batches:
+            with torch.no_grad():
+                model.test_step(batch)
+            rows.append(keep_map_row(model, batch, args.scale))
         path = Path(args.out or 'work_dirs') / 'keep_maps.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         width = max(row.shape[1] for row in rows)

@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmdynsparse import set_budget
+from mmdynsparse.deployment.graph import build_graph
 from mmdynsparse.deployment.runtime import Metadata, Session, fit
 from mmdynsparse.utils.checkpoints import check_weights, read_checkpoint
 from mmdynsparse.utils.command_line.arguments import ToolParser, at_least, check_image, image_size
@@ -110,7 +111,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         try:
             from mmdynsparse.deployment.export import (
-                build_graph,
                 check_output,
                 describe,
                 export_onnx,

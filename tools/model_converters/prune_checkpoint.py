@@ -4,13 +4,13 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from pprint import pformat
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmdynsparse.models.backbones.sparse_backbone import SparseBackbone
+from mmdynsparse.sparsify.config_text import child_config
 from mmdynsparse.utils.checkpoints import (
     Pruned,
     architecture_of,
@@ -117,18 +117,17 @@ def config_text(base: str, cfg: Config, pruning: dict, checkpoint: Path) -> str:
     hooks = [hook for hook in cfg.get('custom_hooks', []) if SEARCH_HOOK not in str(hook['type'])]
     if cfg.model.backbone.get('pruning') is not None:
         pruning = {'_delete_': True, **pruning}
-    lines = [
-        f'_base_ = {os.path.abspath(base)!r}',
-        f'model = dict(backbone=dict(init_cfg=None, pruning={pformat(pruning, compact=True)}))',
-        f'load_from = {str(checkpoint.resolve())!r}',
-        f'custom_hooks = {pformat(Config(dict(x=hooks)).to_dict()["x"])}',
-    ]
+    changes = dict(
+        model=dict(backbone=dict(init_cfg=None, pruning=pruning)),
+        load_from=str(checkpoint.resolve()),
+        custom_hooks=Config(dict(x=hooks)).to_dict()['x'],
+    )
     optim = cfg.get('optim_wrapper', {})
     if optim.get('constructor') == CONSTRUCTOR:
         # Without gates there are no new parameters, which that constructor is for.
         other = optim.get('paramwise_cfg', {}).get('constructor', 'DefaultOptimWrapperConstructor')
-        lines.append(f'optim_wrapper = dict(constructor={other!r})')
-    return '\n'.join(lines) + '\n'
+        changes['optim_wrapper'] = dict(constructor=other)
+    return child_config(base, str(checkpoint.with_suffix('.py')), cfg.to_dict(), changes)
 
 
 def write(out: Path, pruned: Pruned, text: str) -> None:

@@ -33,7 +33,7 @@ class PassThrough(nn.Module):
         return x
 
     def kept_rows(
-        self, kept_K: Tensor, batch: int, hw: tuple[int, int], cells_A: Tensor | None = None
+        self, kept_K: Tensor, batch: int, hw: tuple[int, int], cell_size: int = 1
     ) -> ConvRows:
         """Find what ``forward`` reads: the kept tokens."""
         return ConvRows(kept_K, None)

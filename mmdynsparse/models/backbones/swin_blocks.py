@@ -9,7 +9,7 @@ from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
 from ...layers import FFN, PatchMerging, ShiftWindowMSA
-from ...ops import Plan, WindowRows, kept_and_dropped, region, two_paths
+from ...ops import Plan, WindowRows, region, two_paths
 from ...ops.kernels import MlpWeights
 from ..decider import build_part
 from .sparse_backbone import Block
@@ -96,9 +96,7 @@ class SwinBlock(Block):
         key = self.attn.rows_key(hw)
         if key not in found:
             with region('gather'):
-                # Cells of the size of windows say which windows there are.
-                cells = kept_and_dropped(plan.decision)[0] if plan.decision.cell_size > 1 else None
-                found[key] = self.attn.kept_rows(plan.kept, batch, hw, cells)
+                found[key] = self.attn.kept_rows(plan.kept, batch, hw, plan.decision.cell_size)
         return found[key]
 
     def _forward_kept(self, x: Tensor, hw: tuple[int, int], plan: Plan, rows: WindowRows) -> Tensor:
