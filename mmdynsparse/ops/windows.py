@@ -2,7 +2,7 @@
 
 Dense attention cuts the map into windows and puts them back: ``window_partition`` and
 ``window_unpartition``. Sparse attention reads some windows only, through index tables:
-``kept_window_rows``.
+``kept_window_rows``. So does exported code all of them: there a table is one operator.
 
 Source: Liu et al., *Swin Transformer* (arXiv 2103.14030), sections 3.2-3.3. Dimension letters: B
 images, H x W tokens of a map, N = H * W, C channels; L windows of one image, T = window_size ** 2
