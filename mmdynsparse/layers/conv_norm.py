@@ -2,11 +2,10 @@
 
 from math import prod
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import is_exporting
+from ..ops import conv2d, is_exporting
 from .plain import is_plain
 
 
@@ -33,7 +32,7 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, halo: int = 0) -> Ten
     if not is_exporting() and conv.weight.numel() >= outputs:
         return norm(convolve(x, conv, halo))
     geometry = (conv.stride, 0 if halo else conv.padding, conv.dilation, conv.groups)
-    return F.conv2d(x, *fold_norm(conv, norm), *geometry)
+    return conv2d(x, *fold_norm(conv, norm), *geometry)
 
 
 def convolve(x: Tensor, conv: nn.Module, halo: int = 0) -> Tensor:
@@ -48,8 +47,9 @@ def convolve(x: Tensor, conv: nn.Module, halo: int = 0) -> Tensor:
     Returns:
         (B, C_out, H', W')
     """
-    if halo and is_plain(conv, nn.Conv2d):
-        return F.conv2d(x, conv.weight, conv.bias, 1, 0, conv.dilation, conv.groups)
+    if is_plain(conv, nn.Conv2d) and conv.padding_mode == 'zeros':
+        geometry = (conv.stride, 0 if halo else conv.padding, conv.dilation, conv.groups)
+        return conv2d(x, conv.weight, conv.bias, *geometry)
     # mmcv's deformable convolutions read any map as if it were contiguous.
     return crop(conv(x if isinstance(conv, nn.Conv2d) else x.contiguous()), halo)
 

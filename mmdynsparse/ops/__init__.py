@@ -68,3 +68,4 @@ from .windows import (
     window_partition,
     window_unpartition,
 )
+from .winograd import conv2d

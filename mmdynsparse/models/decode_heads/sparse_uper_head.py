@@ -26,6 +26,7 @@ from ...ops import (
     cell_grid,
     cell_mask,
     cell_table,
+    conv2d,
     enlarge_cells,
     enlarge_rows,
     is_exporting,
@@ -183,7 +184,7 @@ class SparseUPerHead(UPerHead):
     def _share(self, level: int, x: Tensor, padding: int = 1) -> Tensor:
         """Apply the fusion convolution's weights for one level, without its bias."""
         weight = self.fpn_bottleneck.conv.weight.narrow(1, level * self.channels, self.channels)
-        return F.conv2d(x, weight, None, padding=padding)
+        return conv2d(x, weight, padding=padding)
 
     def _finish(self, x: Tensor, light: bool = False) -> Tensor:
         """Apply what follows the fusion convolution's sum: bias, norm, activation."""
