@@ -52,8 +52,7 @@ def conv2d(
     """
     geometry = [_pair(value) for value in (stride, padding, dilation)]
     if groups == 1 and _pays(x, weight, *geometry):
-        out = _winograd(x, weight, geometry[1][0])
-        return out if bias is None else out.add_(bias.view(-1, 1, 1))
+        return _winograd(x, weight, bias, geometry[1][0])
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -83,7 +82,7 @@ def _windows(side: int, padding: int) -> int:
     return -(-(side + 2 * padding - 2) // _OUT)
 
 
-def _winograd(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """Return the convolution (B, O, H', W') of maps (B, C, H, W), channels last in memory."""
     (batch, channels, h, w), outs = x.shape, weight.shape[0]
     rows, columns = _windows(h, padding), _windows(w, padding)
@@ -91,26 +90,28 @@ def _winograd(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     if (height, width) != (h, w):
         x = F.pad(x, (padding, width - w - padding, padding, height - h - padding))
     table = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    kernels = [
-        (_SPREAD @ part.reshape(-1, 9).T).view(_IN**2, -1, channels).mT
-        for part in weight.chunk(_chunks(_IN**2 * channels * outs))
-    ]
+    kernels = (_SPREAD @ weight.reshape(-1, 9).T).view(_IN**2, outs, channels).mT
     windows = _rows_of_windows(batch, height, width, x.device).unflatten(1, (-1, columns))
-    chunks = []
-    for part in windows.chunk(_chunks(windows.numel() * channels), dim=1):
-        values = table.index_select(0, part.flatten()).view(_IN**2, -1)
-        values = (_EVALUATE @ values).view(_IN**2, -1, channels)
-        sums = [_INTERPOLATE @ (values @ kernel).flatten(1) for kernel in kernels]
-        maps = [x.view(_OUT, _OUT, -1, columns, x.shape[1] // part[0].numel()) for x in sums]
-        chunks.append(torch.cat([x.permute(2, 0, 3, 1, 4) for x in maps], dim=-1))
-    out = torch.cat(chunks).view(batch, rows * _OUT, columns * _OUT, outs)
+    if is_exporting():
+        out = _outputs(table, windows, kernels, bias)
+    else:
+        at_once = max(1, _CHUNK // (windows[:, 0].numel() * channels))
+        out = x.new_empty(batch * rows, _OUT, columns, _OUT, outs)
+        for place, part in zip(out.split(at_once), windows.split(at_once, dim=1), strict=True):
+            place.copy_(_outputs(table, part, kernels, bias))
+    out = out.reshape(batch, rows * _OUT, columns * _OUT, outs)
     out = out[:, : h + 2 * padding - 2, : w + 2 * padding - 2].permute(0, 3, 1, 2)
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def _chunks(numbers: int) -> int:
-    """Return in how many parts an intermediate result is computed; one where a graph is traced."""
-    return 1 if is_exporting() else -(-numbers // _CHUNK)
+def _outputs(table: Tensor, windows: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what rows of windows (36, R, N) give, (R, 4, N, 4, O)."""
+    (_, rows, columns), (_, channels, outs) = windows.shape, kernels.shape
+    values = table.index_select(0, windows.flatten()).view(_IN**2, -1)
+    values = (_EVALUATE @ values).view(_IN**2, -1, channels)
+    values = _INTERPOLATE @ (values @ kernels).flatten(1)
+    values = values.view(_OUT, _OUT, rows, columns, outs)
+    return (values if bias is None else values + bias).permute(2, 0, 3, 1, 4)
 
 
 @cached
