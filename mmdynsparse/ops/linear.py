@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import plain_inference
+from .rows import plain_float32
 
 # oneDNN's matrix product, which torch.compile uses as well. F.linear calls the BLAS library
 # instead; MKL reaches half of oneDNN's speed on AMD processors (benchmarks/README.md). None where
@@ -35,14 +35,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 
 
 def _runs_in_one_dnn(x: Tensor) -> bool:
-    # A compiler chooses by itself; what is traced, or looked at by a mode such as FlopCounterMode,
-    # shall consist of public operators.
-    if not plain_inference(x) or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return (
-        x.dtype == torch.float32
-        and x.numel() > 0
-        and _ONE_DNN is not None
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled('cpu')
-    )
+    enabled = _ONE_DNN is not None and torch.backends.mkldnn.enabled
+    return enabled and x.numel() > 0 and plain_float32(x)

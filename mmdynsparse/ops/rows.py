@@ -17,6 +17,17 @@ def plain_inference(x: Tensor) -> bool:
     return x.device.type == 'cpu'
 
 
+def plain_float32(x: Tensor) -> bool:
+    """Whether ``x`` is float32 in ``plain_inference``, and an operator may have another form.
+
+    A compiler chooses by itself; what is traced, or looked at by a mode such as FlopCounterMode,
+    shall consist of public operators, and of those that the method speaks of.
+    """
+    if not plain_inference(x) or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+
+
 def is_exporting() -> bool:
     """Whether torch.export traces the model."""
     # torch.compiler.is_exporting is a constant for Dynamo, true under torch.compile as well.

@@ -10,9 +10,10 @@ Dimension letters: B images, C input and O output channels, N windows.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .caching import cached
-from .rows import is_exporting, plain_inference
+from .rows import is_exporting, plain_float32
 
 _POINTS = (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)  # and infinity
 _OUT, _IN = 4, 6  # outputs and inputs of a window, in each direction
@@ -48,7 +49,7 @@ def conv2d(
 
     Large 3 x 3 convolutions in float32 take Winograd's form where nothing needs a gradient, and in
     models that are exported. The result is then channels last in memory, and its error is about
-    1e-6 of the outputs' standard deviation.
+    1e-6 of the outputs' standard deviation. Multiply-adds are counted for the direct form.
     """
     geometry = [_pair(value) for value in (stride, padding, dilation)]
     if groups == 1 and _pays(x, weight, *geometry):
@@ -67,15 +68,16 @@ def _pays(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> bool:
-    if not (plain_inference(x) or is_exporting()) or torch.is_autocast_enabled('cpu'):
+    if not (plain_float32(x) or (is_exporting() and x.dtype == torch.float32)):
         return False
     if weight.shape[2:] != (3, 3) or stride != (1, 1) or dilation != (1, 1):
         return False
-    same = x.dtype == weight.dtype == torch.float32 and padding[0] == padding[1]
-    if not same or min(weight.shape[:2]) < _CHANNELS:
+    if padding[0] != padding[1] or min(weight.shape[:2]) < _CHANNELS:
         return False
     rows, columns = (_windows(side, padding[0]) for side in x.shape[2:])
-    return min(rows, columns) > 0 and x.shape[0] * rows * columns >= _WINDOWS
+    # An exported batch may be of any size; asking must not fix it.
+    enough = statically_known_true(x.shape[0] * rows * columns >= _WINDOWS)
+    return enough and min(rows, columns) > 0
 
 
 def _windows(side: int, padding: int) -> int:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdynsparse.ops import conv2d, winograd
 
@@ -97,6 +98,13 @@ def test_training_and_autocast_are_direct(monkeypatch):
         conv2d(x, weight, bias).sum().backward()
     assert weight.grad is not None
     assert not calls
+
+
+def test_multiply_adds_are_those_of_the_direct_form():
+    x, weight, bias = _inputs()
+    with FlopCounterMode(display=False) as counter:
+        conv2d(x, weight, bias)
+    assert counter.get_total_flops() == 2 * 9 * 96 * 100 * 30 * 31
 
 
 def test_an_exported_convolution_is_matrix_products():
