@@ -26,18 +26,19 @@ BACKENDS = ('torch', *RUNTIMES)
 def run_backends(pair: Pair, plan: Plan, backends: Sequence[str]) -> Iterator[list[dict]]:
     """Time what is exported of the models, in every backend, for every batch and input size.
 
-    That is a segmentor from raw images to logits, a detector to the predictions of its dense head.
-    All calls alternate, on as many threads as torch has.
+    The whole is a segmentor from raw images to logits, a detector to the predictions of its dense
+    head. All calls alternate, on as many threads as torch has.
 
     Args:
         pair: The models, on the CPU in float32.
-        plan: Batch and input sizes, keep ratios, rounds. Images are noise.
+        plan: Parts ('backbone' and 'whole'), batch and input sizes, keep ratios, rounds. Images are
+            noise.
         backends: Some of ``BACKENDS``.
 
     Yields:
-        For each batch and input size the rows of all variants: backend, model, keep_ratios, batch,
-        size, median, p10, p90 (ms), speed_up over the dense model in the same backend, difference:
-        largest one of an output from torch's.
+        For each part, batch and input size the rows of all variants: part, backend, model,
+        keep_ratios, batch, size, median, p10, p90 (ms), speed_up over the dense model in the same
+        backend, difference: largest one of an output from torch's.
 
     Raises:
         ValueError: If a model cannot be exported, or a runtime is not installed.
@@ -45,12 +46,12 @@ def run_backends(pair: Pair, plan: Plan, backends: Sequence[str]) -> Iterator[li
     models = {DENSE: pair.dense}
     for i, ratio in enumerate(plan.keep_ratios):
         models[f'sparse {i}'] = with_keep_ratio(pair.sparse, ratio)
-    for batch, hw in product(plan.batch_sizes, plan.sizes):
+    for batch, hw, part in product(plan.batch_sizes, plan.sizes, plan.parts):
         images = np.random.default_rng(plan.seed).integers(0, 256, (batch, 3, *hw), np.uint8)
         calls = {}
         with TemporaryDirectory() as folder:
             for name, model in models.items():
-                for backend, call in _calls(model, images, Path(folder), backends):
+                for backend, call in _calls(model, part, images, Path(folder), backends):
                     calls[backend, name] = call
         expected = {name: calls['torch', name]() for name in models}
         differences = {key: _difference(call(), expected[key[1]]) for key, call in calls.items()}
@@ -58,6 +59,7 @@ def run_backends(pair: Pair, plan: Plan, backends: Sequence[str]) -> Iterator[li
         latencies = compare_latency(calls, plan.rounds, plan.warmup)
         yield [
             dict(
+                part=part,
                 backend=backend,
                 model=name.split()[0],
                 keep_ratios=keep_ratios(models[name]),
@@ -73,25 +75,26 @@ def run_backends(pair: Pair, plan: Plan, backends: Sequence[str]) -> Iterator[li
 
 def backend_table(rows: Sequence[dict]) -> None:
     """Print the rows, with the first row's time, dense torch's as a rule, for comparison."""
-    header = ('backend', 'model', 'batch', 'size', 'median ms', 'p10', 'p90')
+    header = ('part', 'backend', 'model', 'batch', 'size', 'median ms', 'p10', 'p90')
     header += ('over its dense', f'over {rows[0]["backend"]} dense', 'difference')
     cells, first = [], {}
     for row in rows:
-        setting = (row['batch'], row['size'])
+        setting = (row['part'], row['batch'], row['size'])
         ratios = ' '.join(f'{ratio:g}' for ratio in row['keep_ratios'])
         times = (f'{row[key]:.1f}' for key in ('median', 'p10', 'p90'))
         over = first.setdefault(setting, row['median']) / row['median']
         speed = (f'{row["speed_up"]:.2f} x', f'{over:.2f} x', f'{row["difference"]:.0e}')
-        names = (row['backend'], f'{row["model"]} {ratios}', *map(str, setting))
+        part, *sizes = map(str, setting)
+        names = (part, row['backend'], f'{row["model"]} {ratios}', *sizes)
         cells.append((*names, *times, *speed))
     print_table('from images to logits, or to the dense head of a detector', header, cells)
 
 
 def _calls(
-    model: nn.Module, images: np.ndarray, folder: Path, backends: Sequence[str]
+    model: nn.Module, part: str, images: np.ndarray, folder: Path, backends: Sequence[str]
 ) -> Iterator[tuple[str, Callable]]:
     """Yield torch's call of a model, and that of each runtime."""
-    graph = build_graph(model, images.shape[2:])
+    graph = build_graph(model, images.shape[2:], part=part)
     yield 'torch', partial(_in_torch, graph, torch.from_numpy(images))
     if not set(backends) & set(RUNTIMES):
         return

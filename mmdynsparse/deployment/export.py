@@ -10,14 +10,14 @@ import onnxscript  # noqa: F401  (what torch.onnx needs)
 import torch
 
 from ..models.decider import deciders
-from .graph import DetectorGraph, SegmentorGraph
+from .graph import BackboneGraph, DetectorGraph, SegmentorGraph
 from .runtime import METADATA_KEY, Metadata
 
 # Operators that run one row after the other, or that only one runtime has.
 LOOPS = ('Loop', 'If', 'Scan')
 
 
-def describe(graph: SegmentorGraph | DetectorGraph, meta: dict | None) -> Metadata:
+def describe(graph: SegmentorGraph | DetectorGraph | BackboneGraph, meta: dict | None) -> Metadata:
     """Return what the file says of the model.
 
     Args:
@@ -47,7 +47,7 @@ def describe(graph: SegmentorGraph | DetectorGraph, meta: dict | None) -> Metada
 
 
 def export_onnx(
-    graph: SegmentorGraph | DetectorGraph,
+    graph: SegmentorGraph | DetectorGraph | BackboneGraph,
     path: str | os.PathLike,
     metadata: Metadata,
     batch: int | None = 1,

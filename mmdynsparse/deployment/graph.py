@@ -51,6 +51,26 @@ class SegmentorGraph(nn.Module):
         return (logits.argmax(1),)
 
 
+class BackboneGraph(nn.Module):
+    """A backbone from raw images to its feature maps, to time it.
+
+    Args:
+        model: The model that has it, in eval mode.
+        size: Height and width of the images, in px.
+    """
+
+    def __init__(self, model: nn.Module, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.images, self.model = Preprocessing(model, size), model
+        with torch.no_grad():
+            features = self(torch.zeros(1, 3, *size, dtype=torch.uint8))
+        self.outputs = [f'feature_{i}' for i in range(len(features))]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the feature maps of images (B, 3, H, W), uint8."""
+        return tuple(self.model.backbone(self.images(images)))
+
+
 class DetectorGraph(nn.Module):
     """A detector from raw images to its feature maps and what its dense head says of them.
 
@@ -122,14 +142,15 @@ class Preprocessing(nn.Module):
 
 
 def build_graph(
-    model: nn.Module, size: tuple[int, int], argmax: bool = False
-) -> SegmentorGraph | DetectorGraph:
+    model: nn.Module, size: tuple[int, int], argmax: bool = False, part: str = 'whole'
+) -> SegmentorGraph | DetectorGraph | BackboneGraph:
     """Return the part of a model that is exported, in eval mode.
 
     Args:
         model: A segmentor of mmseg or a detector of mmdet.
         size: Height and width of the images, in px.
         argmax: Whether a segmentor returns classes in place of logits. Defaults to False.
+        part: 'whole', or 'backbone' for the backbone alone. Defaults to 'whole'.
 
     Raises:
         ValueError: If a sparse part's selector has no static shapes, or the model has no part
@@ -142,6 +163,8 @@ def build_graph(
                 f"sparsity.selector must be 'topk' in an exported model, which keeps the same "
                 f'number of locations in every image, got {selector!r} in {name}'
             )
+    if part == 'backbone':
+        return BackboneGraph(model, size).eval()
     if hasattr(model, 'decode_head'):
         return SegmentorGraph(model, size, argmax).eval()
     if argmax:

@@ -69,11 +69,11 @@ def test_backends_side_by_side(model: Callable, call: Callable, tmp_path: Path, 
     arguments = ['--backends', 'torch', 'onnxruntime', '--sizes', 64, '--rounds', 1]
     call('analysis_tools/benchmark.py', config, *arguments, '--warmup', 0, '--out', tmp_path)
     rows = json.loads((tmp_path / 'benchmark.json').read_text())['rows']
-    assert [(row['backend'], row['model']) for row in rows] == [
-        ('torch', 'dense'),
-        ('onnxruntime', 'dense'),
-        ('torch', 'sparse'),
-        ('onnxruntime', 'sparse'),
+    assert [(row['part'], row['backend'], row['model']) for row in rows] == [
+        (part, backend, name)
+        for part in ('backbone', 'whole')
+        for name in ('dense', 'sparse')
+        for backend in ('torch', 'onnxruntime')
     ]
     assert all(row['difference'] < 1e-3 and row['median'] > 0 for row in rows)
     assert 'over its dense' in capsys.readouterr().out
@@ -100,6 +100,10 @@ def test_bad_input(model: Callable, call: Callable, tmp_path: Path, capsys) -> N
         (
             ['analysis_tools/benchmark.py', config, '--backends', 'torch', '--dtype', 'bf16'],
             "--backends needs --device 'cpu', --dtype 'fp32'",
+        ),
+        (
+            ['analysis_tools/benchmark.py', config, '--backends', 'torch', '--parts', 'head'],
+            '--parts must be backbone and whole with --backends',
         ),
     ):
         with pytest.raises(SystemExit):

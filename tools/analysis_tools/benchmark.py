@@ -73,7 +73,7 @@ def build_parser() -> AnalysisParser:
         nargs='+',
         choices=BACKENDS,
         default=(),
-        help='time what is exported of the models in these instead of the parts',
+        help='time what is exported of the models in these; parts are backbone and whole',
     )
     parser.add_argument('--image', help='file of an image, which is resized; noise without one')
     return parser
@@ -92,6 +92,8 @@ def make_plan(args: argparse.Namespace, scope: str, pair: Pair) -> Plan:
             "--backends needs --device 'cpu', --dtype 'fp32', --mode 'eager' and no --image, got "
             f'{args.device!r}, {args.dtype!r}, {args.mode!r} and {args.image!r}'
         )
+    if args.backends and not set(args.parts) <= {'backbone', 'whole'}:
+        raise ValueError(f'--parts must be backbone and whole with --backends, got {args.parts}')
     if args.mode == 'cudagraph' and args.device != 'cuda':
         raise ValueError("--mode 'cudagraph' needs --device 'cuda', got 'cpu'")
     has = available_parts(pair.sparse)
@@ -124,7 +126,8 @@ def describe(args: argparse.Namespace, plan: Plan, pair: Pair) -> dict:
         weights=args.checkpoint or 'random',
         dtype=args.dtype if args.dtype == 'fp32' else f'{args.dtype} weights, autocast',
         mode=plan.mode,
-        parts=', '.join(args.backends or plan.parts),
+        parts=', '.join(plan.parts),
+        **(dict(backends=', '.join(args.backends)) if args.backends else {}),
         batch_sizes=', '.join(map(str, plan.batch_sizes)),
         sizes=', '.join(f'{h}x{w}' for h, w in plan.sizes),
         keep_ratios='; '.join(map(str, ratios)),
@@ -146,8 +149,7 @@ def measure(groups: Iterator[list[dict]], result: dict, out: Path | None) -> Non
             for rows in groups:
                 result['rows'] += rows
                 last = rows[0]
-                part = last.get('part', 'all backends')
-                print(f'measured {part}, batch {last["batch"]}, {last["size"]}', flush=True)
+                print(f'measured {last["part"]}, batch {last["batch"]}, {last["size"]}', flush=True)
                 if out:
                     write_json(result, out / 'benchmark.json')
     finally:
