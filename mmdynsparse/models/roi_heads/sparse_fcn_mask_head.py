@@ -1,0 +1,175 @@
+"""Mask head that computes kept regions at full resolution, the others at half of it.
+
+Source: He et al., *Mask R-CNN* (arXiv 1703.06870), as ``FCNMaskHead`` of mmdetection 3.x, whose
+arguments and state-dict names it has. What is sparse is our own, after Rao et al. (T-PAMI 2023,
+arXiv 2207.01580). Dimension letters: N regions, C channels, K classes, P positions of a region.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ...ops import Plan, linear, region
+from ...registry import MODELS
+from ..decider import Decider
+from ..regions import decide_regions
+from ..sparsity import RegionSparsity
+
+
+@MODELS.register_module()
+class SparseFCNMaskHead(FCNMaskHead):
+    """Mask head whose convolutions run at 14 x 14 for kept regions, at 7 x 7 for the others.
+
+    The fast path has no weights of its own: a region's features are averaged to half their size,
+    take the same convolutions, and are enlarged before the layers that end the head. At inference
+    a sparse RoI head (``SparseStandardRoIHead``) hands over the scores of the detections, and the
+    best of each image are kept. In training regions have no scores: random ones are kept, and so
+    both paths learn from regions of any kind.
+
+    Args:
+        sparsity: Arguments of :class:`~mmdynsparse.models.sparsity.RegionSparsity`. None is the
+            dense head. Defaults to None.
+        **kwargs: Arguments of mmdet's ``FCNMaskHead``.
+
+    Raises:
+        ValueError: If ``sparsity`` is not valid, or with it ``num_convs`` is 0; in a forward, if
+            the regions' features have a side that is odd.
+    """
+
+    original: ClassVar[str] = 'FCNMaskHead'
+
+    def __init__(self, sparsity: Mapping | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.decider = None
+        self._warned = False
+        if sparsity is None:
+            return
+        if self.num_convs < 1:
+            raise ValueError(
+                f'num_convs must be at least 1 in a sparse mask head, got {self.num_convs}'
+            )
+        self.decider = Decider(RegionSparsity.from_cfg(sparsity))
+
+    def forward(self, x: Tensor, scores: Sequence[Tensor] | None = None) -> Tensor:
+        """Return the mask logits of all classes.
+
+        Args:
+            x: Features of the regions, (N, C, H, W).
+            scores: Scores of the regions of each image, (N_i,). Defaults to None: in eval mode
+                all regions then take the slow path.
+
+        Returns:
+            (N, K, H', W'), of the sides that mmdet's head has.
+        """
+        x = self._features(x, scores)
+        if self.upsample is not None:
+            x = self.upsample(x)
+            if self.upsample_method == 'deconv':
+                x = self.relu(x)
+        return self.conv_logits(x)
+
+    def class_logits(self, x: Tensor, scores: Sequence[Tensor], labels_N: Tensor) -> Tensor:
+        """Return the mask logits (N, 1, H', W') of each region's own class alone."""
+        if not self._ends_in_blocks:
+            logits = self(x, scores)
+            labels_N = torch.zeros_like(labels_N) if self.class_agnostic else labels_N
+            return logits[torch.arange(len(logits), device=x.device), labels_N][:, None]
+        x = self._features(x, scores)
+        labels_N = torch.zeros_like(labels_N) if self.class_agnostic else labels_N
+        return self._blocks(x, labels_N)
+
+    @property
+    def _ends_in_blocks(self) -> bool:
+        """Whether the last layers give each position a block of the mask that is its alone."""
+        up = self.upsample
+        plain = type(up) is nn.ConvTranspose2d and type(self.conv_logits) is nn.Conv2d
+        return plain and up.kernel_size == up.stride and up.padding == up.output_padding == (0, 0)
+
+    def _blocks(self, x: Tensor, labels_N: Tensor) -> Tensor:
+        """Upsample by a linear layer, then multiply by the weights of one class.
+
+        Blocks do not overlap, so the deconvolution is a linear layer with s x s times the channels.
+        """
+        (n, channels, h, w), (s, t) = x.shape, self.upsample.stride
+        weight, bias = self.upsample.weight, self.upsample.bias
+        weight = weight.permute(2, 3, 1, 0).reshape(-1, channels)
+        bias = None if bias is None else bias.repeat(s * t)
+        x_NPC = linear(x.permute(0, 2, 3, 1).reshape(-1, channels), weight, bias)
+        x_NPC = x_NPC.relu_().view(n, h * w * s * t, self.conv_out_channels)
+        class_NC1 = self.conv_logits.weight[labels_N, :, 0]
+        out = torch.bmm(x_NPC, class_NC1)
+        if self.conv_logits.bias is not None:
+            out = out + self.conv_logits.bias[labels_N, None, None]
+        out = out.view(n, h, w, s, t).transpose(2, 3)
+        return out.reshape(n, 1, h * s, w * t)
+
+    def _features(self, x: Tensor, scores: Sequence[Tensor] | None) -> Tensor:
+        """Return what the convolutions make of the regions, (N, C', H, W)."""
+        if self.decider is None or self.decider.keeps_all() or len(x) == 0:
+            return self._convs(x)
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            raise ValueError(
+                'a sparse mask head needs features of even sides, roi_layer.output_size, '
+                f'got {x.shape[2]} x {x.shape[3]}'
+            )
+        if self.training:
+            scores = [torch.rand(len(x), device=x.device)]
+        elif scores is None:
+            self._warn_of_no_scores()
+            return self._convs(x)
+        decision = decide_regions(self.decider, scores)
+        self.decider([decision])
+        plan = self.decider.plan(decision)
+        return self._gathered(x, plan) if plan.gathers else self._everywhere(x, plan)
+
+    def _gathered(self, x: Tensor, plan: Plan) -> Tensor:
+        out = x.new_empty(len(x), self.conv_out_channels, *x.shape[2:])
+        paths = ('slow path', self._convs, plan.kept), ('fast path', self._light, plan.dropped)
+        for name, path, rows in paths:
+            if len(rows):
+                with region('gather'):
+                    part = x.index_select(0, rows)
+                with region(name):
+                    part = path(part)
+                with region('scatter'):
+                    out = out.to(part.dtype)  # which autocast may have chosen
+                    out.index_copy_(0, rows, part)
+        return out
+
+    def _everywhere(self, x: Tensor, plan: Plan) -> Tensor:
+        slow, fast = self._convs(x), self._light(x)
+        mask = plan.decision.mask.view(-1, 1, 1, 1).to(slow.dtype)
+        return torch.lerp(fast, slow, mask)
+
+    def _convs(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = conv(x)
+        return x
+
+    def _light(self, x: Tensor) -> Tensor:
+        """Take the convolutions at half the resolution."""
+        out = self._convs(F.avg_pool2d(x, 2))
+        return F.interpolate(out, x.shape[2:], mode='bilinear', align_corners=False)
+
+    def _predict_by_feat_single(self, mask_preds: Tensor, *args, **kwargs) -> Tensor:
+        """Paste masks that are of all classes, or of each region's own alone."""
+        if mask_preds.shape[1] == 1 and not self.class_agnostic:
+            kwargs['labels'] = torch.zeros_like(kwargs['labels'])
+        return super()._predict_by_feat_single(mask_preds, *args, **kwargs)
+
+    def _warn_of_no_scores(self) -> None:
+        if not self._warned:
+            self._warned = True
+            print_log(
+                'A sparse mask head got no scores and computes every region at full resolution: '
+                "its RoI head must be a 'mmdynsparse.SparseStandardRoIHead' or "
+                "'mmdynsparse.SparseCascadeRoIHead'.",
+                logger='current',
+                level=logging.WARNING,
+            )
