@@ -11,11 +11,13 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn.bricks.wrappers import Conv2d, ConvTranspose2d
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...layers.cell_conv import channels_last
+from ...layers.plain import is_plain
 from ...ops import Plan, linear, plain_inference, put_rows, region
 from ...registry import MODELS
 from ..decider import Decider
@@ -57,40 +59,42 @@ class SparseFCNMaskHead(FCNMaskHead):
             )
         self.decider = Decider(RegionSparsity.from_cfg(sparsity))
 
-    def forward(self, x: Tensor, scores: Sequence[Tensor] | None = None) -> Tensor:
-        """Return the mask logits of all classes.
+    def forward(
+        self, x: Tensor, scores: Sequence[Tensor] | None = None, labels_N: Tensor | None = None
+    ) -> Tensor:
+        """Return mask logits.
 
         Args:
             x: Features of the regions, (N, C, H, W).
             scores: Scores of the regions of each image, (N_i,). Defaults to None: in eval mode
                 all regions then take the slow path.
+            labels_N: Class of each region. Defaults to None, the logits of all classes.
 
         Returns:
-            (N, K, H', W'), of the sides that mmdet's head has.
+            (N, K, H', W'), of the sides that mmdet's head has; (N, 1, H', W') with ``labels_N``.
         """
         x = self._features(x, scores)
+        if labels_N is not None and self.class_agnostic:
+            labels_N = torch.zeros_like(labels_N)
+        if labels_N is not None and self._ends_in_blocks:
+            return self._blocks(x, labels_N)
         if self.upsample is not None:
             x = self.upsample(x)
             if self.upsample_method == 'deconv':
                 x = self.relu(x)
-        return self.conv_logits(x)
-
-    def class_logits(self, x: Tensor, scores: Sequence[Tensor], labels_N: Tensor) -> Tensor:
-        """Return the mask logits (N, 1, H', W') of each region's own class alone."""
-        if not self._ends_in_blocks:
-            logits = self(x, scores)
-            labels_N = torch.zeros_like(labels_N) if self.class_agnostic else labels_N
-            return logits[torch.arange(len(logits), device=x.device), labels_N][:, None]
-        x = self._features(x, scores)
-        labels_N = torch.zeros_like(labels_N) if self.class_agnostic else labels_N
-        return self._blocks(x, labels_N)
+        logits = self.conv_logits(x)
+        if labels_N is None:
+            return logits
+        return logits[torch.arange(len(logits), device=x.device), labels_N][:, None]
 
     @property
     def _ends_in_blocks(self) -> bool:
         """Whether the last layers give each position a block of the mask that is its alone."""
         up = self.upsample
-        plain = type(up) is nn.ConvTranspose2d and type(self.conv_logits) is nn.Conv2d
-        return plain and up.kernel_size == up.stride and up.padding == up.output_padding == (0, 0)
+        if up is None or not is_plain(up, nn.ConvTranspose2d, ConvTranspose2d):
+            return False
+        no_overlap = up.kernel_size == up.stride and up.padding == up.output_padding == (0, 0)
+        return no_overlap and is_plain(self.conv_logits, nn.Conv2d, Conv2d)
 
     def _blocks(self, x: Tensor, labels_N: Tensor) -> Tensor:
         """Upsample by a linear layer, then multiply by the weights of one class.

@@ -77,7 +77,7 @@ class _SparseRoIHead:
         for head, extractor in zip(heads, _modules(self.mask_roi_extractor), strict=True):
             feats = extractor(x[: extractor.num_inputs], rois)
             feats = self.shared_head(feats) if self.with_shared_head else feats
-            stages.append(head.class_logits(feats, scores, labels).split(counts))
+            stages.append(head(feats, scores, labels).split(counts))
         several = len(stages) > 1
         masks = stages[0]
         if several:
@@ -111,9 +111,9 @@ class _RoIAlign(RoIAlign):
     """mmcv's layer, which at inference on a CPU in float32 is computed by matrix products."""
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        # Shapes of windows depend on values, and a counter of multiply-adds shall see mmcv's form.
-        counted = torch._C._len_torch_dispatch_stack() > 0
-        if counted or not plain_inference(input) or input.dtype != torch.float32:
+        # A counter of multiply-adds shall see mmcv's form, and autocast would round products.
+        other = torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled('cpu')
+        if other or not plain_inference(input) or input.dtype != torch.float32:
             return super().forward(input, rois)
         args = (self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
         return roi_align(input, rois, *args)

@@ -52,9 +52,10 @@ def test_dense(kwargs, sparsity):
     """Without sparsity, or with everything kept, the head is mmdet's."""
     head, x = build(sparsity, **kwargs), features()
     expected = dense_of(head, **kwargs)(x)
+    assert head._ends_in_blocks == ('upsample_cfg' not in kwargs)
     torch.testing.assert_close(head(x, SCORES), expected)
     labels = torch.zeros_like(LABELS) if kwargs.get('class_agnostic') else LABELS
-    own = head.class_logits(x, SCORES, LABELS)
+    own = head(x, SCORES, LABELS)
     torch.testing.assert_close(own, expected[torch.arange(5), labels][:, None])
 
 
@@ -66,9 +67,9 @@ def test_executions_agree(kwargs, keep_ratio):
     gathered = head(x, SCORES)
     head.decider.execution = 'masked'
     torch.testing.assert_close(head(x, SCORES), gathered)
-    own = head.class_logits(x, SCORES, LABELS)
+    own = head(x, SCORES, LABELS)
     head.decider.execution = 'gather'
-    torch.testing.assert_close(head.class_logits(x, SCORES, LABELS), own)
+    torch.testing.assert_close(head(x, SCORES, LABELS), own)
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def test_no_regions(selector):
     head = build(dict(keep_ratio=0.5, selector=selector))
     assert head(features(0), [torch.tensor([])]).shape == (0, 3, 28, 28)
     none = torch.zeros(0, dtype=torch.long)
-    assert head.class_logits(features(0), [torch.tensor([])], none).shape == (0, 1, 28, 28)
+    assert head(features(0), [torch.tensor([])], none).shape == (0, 1, 28, 28)
 
 
 def test_training_runs_both_paths():
@@ -128,9 +129,9 @@ def test_no_scores(caplog):
 @torch.no_grad()
 def test_bf16():
     head, x = build(dict(keep_ratio=0.5)), features()
-    expected = head.class_logits(x, SCORES, LABELS)
+    expected = head(x, SCORES, LABELS)
     with torch.autocast('cpu', torch.bfloat16):
-        out = head.class_logits(x, SCORES, LABELS)
+        out = head(x, SCORES, LABELS)
     torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max())
 
 
@@ -149,7 +150,7 @@ def test_pasted_masks_are_those_of_the_own_class(class_agnostic):
         found = InstanceData(bboxes=boxes.clone(), labels=LABELS)
         return head.predict_by_feat([logits], [found], [meta], cfg)[0].masks
 
-    assert pasted(head, head.class_logits(x, SCORES, LABELS)).equal(pasted(dense, dense(x)))
+    assert pasted(head, head(x, SCORES, LABELS)).equal(pasted(dense, dense(x)))
     assert pasted(head, head(x)).equal(pasted(dense, dense(x)))
 
 
