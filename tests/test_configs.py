@@ -100,9 +100,13 @@ def stock_config(library: str, name: str) -> Config:
 
 
 def plain(value):
-    """Make configs comparable: no None entries, lists for tuples, no trailing slash in paths."""
+    """Make configs comparable: no None entries, lists for tuples, no trailing slash in paths.
+
+    The scope, which mmengine writes into what is inherited from a library, is left out.
+    """
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if item is not None}
+        items = ((key, item) for key, item in value.items() if key != '_scope_')
+        return {key: plain(item) for key, item in items if item is not None}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value.rstrip('/') if isinstance(value, str) else value
