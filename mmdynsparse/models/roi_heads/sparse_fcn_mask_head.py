@@ -30,10 +30,10 @@ class SparseFCNMaskHead(FCNMaskHead):
     """Mask head whose convolutions run at 14 x 14 for kept regions, at 7 x 7 for the others.
 
     The fast path has no weights of its own: a region's features are averaged to half their size,
-    take the same convolutions, and are enlarged before the layers that end the head. At inference
-    a sparse RoI head (``SparseStandardRoIHead``) hands over the scores of the detections, and the
-    best of each image are kept. In training regions have no scores: random ones are kept, and so
-    both paths learn from regions of any kind.
+    rounded up, take the same convolutions, and are enlarged before the layers that end the head.
+    At inference a sparse RoI head (``SparseStandardRoIHead``) hands over the scores of the
+    detections, and the best of each image are kept. In training regions have no scores: random ones
+    are kept, and so both paths learn from regions of any kind.
 
     Args:
         sparsity: Arguments of :class:`~mmdynsparse.models.sparsity.RegionSparsity`. None is the
@@ -41,8 +41,7 @@ class SparseFCNMaskHead(FCNMaskHead):
         **kwargs: Arguments of mmdet's ``FCNMaskHead``.
 
     Raises:
-        ValueError: If ``sparsity`` is not valid, or with it ``num_convs`` is 0; in a forward, if
-            the regions' features have a side that is odd.
+        ValueError: If ``sparsity`` is not valid, or with it ``num_convs`` is 0.
     """
 
     original: ClassVar[str] = 'FCNMaskHead'
@@ -120,11 +119,6 @@ class SparseFCNMaskHead(FCNMaskHead):
             x = channels_last(x)
         if self.decider is None or self.decider.keeps_all() or len(x) == 0:
             return self._convs(x)
-        if x.shape[2] % 2 or x.shape[3] % 2:
-            raise ValueError(
-                'a sparse mask head needs features of even sides, roi_layer.output_size, '
-                f'got {x.shape[2]} x {x.shape[3]}'
-            )
         if self.training:
             scores = [torch.rand(len(x), device=x.device)]
         elif scores is None:
@@ -163,7 +157,8 @@ class SparseFCNMaskHead(FCNMaskHead):
 
     def _light(self, x: Tensor) -> Tensor:
         """Take the convolutions at half the resolution."""
-        out = self._convs(F.avg_pool2d(x, 2))
+        half = [(side + 1) // 2 for side in x.shape[2:]]
+        out = self._convs(F.adaptive_avg_pool2d(x, half))
         return F.interpolate(out, x.shape[2:], mode='bilinear', align_corners=False)
 
     def _predict_by_feat_single(self, mask_preds: Tensor, *args, **kwargs) -> Tensor:

@@ -167,6 +167,12 @@ def test_bad_arguments(kwargs, message):
         build(**kwargs)
 
 
-def test_odd_features():
-    with pytest.raises(ValueError, match=r'even sides.*got 7 x 7'):
-        build(dict(keep_ratio=0.5))(features(size=7), SCORES)
+@torch.no_grad()
+@pytest.mark.parametrize('size', [1, 7])
+def test_odd_features(size):
+    """Half a size is rounded up."""
+    head, x = build(dict(keep_ratio=0.5)), features(size=size)
+    gathered = head(x, SCORES)
+    assert gathered.shape == (5, 3, 2 * size, 2 * size)
+    head.decider.execution = 'masked'
+    torch.testing.assert_close(head(x, SCORES), gathered)
