@@ -100,9 +100,13 @@ def stock_config(library: str, name: str) -> Config:
 
 
 def plain(value):
-    """Make configs comparable: no None entries, lists for tuples, no trailing slash in paths."""
+    """Make configs comparable: no None entries, lists for tuples, no trailing slash in paths.
+
+    The scope, which mmengine writes into what is inherited from a library, is left out.
+    """
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if item is not None}
+        items = ((key, item) for key, item in value.items() if key != '_scope_')
+        return {key: plain(item) for key, item in items if item is not None}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value.rstrip('/') if isinstance(value, str) else value
@@ -139,7 +143,8 @@ def _num_classes(model) -> int:
     """Return the number of classes that all heads of a model config agree on."""
     heads = [model.get('decode_head'), model.get('auxiliary_head')]
     roi = model.get('roi_head', {})
-    heads += [roi.get('bbox_head'), roi.get('mask_head')]
+    boxes = roi.get('bbox_head')
+    heads += [*(boxes if isinstance(boxes, list) else [boxes]), roi.get('mask_head')]
     (num_classes,) = {head['num_classes'] for head in heads if head}
     return num_classes
 
@@ -323,7 +328,8 @@ def _with_defaults(backbone):
     return plain(full)
 
 
-HEADS = [path for path in PUBLISHED if path.parent.name == 'sparse_heads']
+ROI = [path for path in PUBLISHED if 'sparse-roi' in path.name]
+HEADS = [path for path in PUBLISHED if path.parent.name == 'sparse_heads' and path not in ROI]
 
 
 @pytest.mark.parametrize('path', HEADS, ids=[path.stem for path in HEADS])
@@ -361,6 +367,27 @@ def test_sparse_heads_differ_from_their_relative_in_neck_and_head(path):
         assert sparsities == [{} if 'entropy' in name else learned]
     else:
         assert sparsities == [{}, {}]
+
+
+@pytest.mark.parametrize('path', ROI, ids=[path.stem for path in ROI])
+def test_sparse_roi_heads_differ_from_their_relative_in_these(path):
+    """All else is the config it is named after, ours or mmdetection's."""
+    cfg, relative = Config.fromfile(path), path.name.replace('_sparse-roi', '')
+    ours = [item for item in HEADS if item.name == relative]
+    expected = Config.fromfile(ours[0]) if ours else stock_config('mmdet', relative)
+    roi = cfg.model.roi_head
+    heads = {'roi_head': (roi, 0.3), 'mask_head': (roi.get('mask_head'), 0.5)}
+    for name, (head, keep_ratio) in heads.items():
+        dense = expected.model.roi_head
+        dense = dense if name == 'roi_head' else dense.get(name)
+        if head is None:
+            assert dense is None
+            continue
+        assert head.pop('type') == f'mmdynsparse.Sparse{dense.pop("type")}'
+        assert head.pop('sparsity') == dict(keep_ratio=keep_ratio)
+    assert plain(cfg.model.to_dict()) == plain(expected.model.to_dict())
+    for key in SHARED_KEYS:
+        assert plain({key: cfg.get(key)}) == plain({key: expected.get(key)}), key
 
 
 @pytest.mark.parametrize('path', PRUNED, ids=[path.stem for path in PRUNED])

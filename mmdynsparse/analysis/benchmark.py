@@ -11,6 +11,7 @@ from ..engine.hooks.sparsity_hook import recorded_keep_rates
 from ..models.calls import replaced_methods
 from ..models.decider import keep_ratios
 from .dense import Pair
+from .detections import fixed_detections, mean_detections
 from .execution import forwards, with_keep_ratio
 from .flops import count_macs
 from .images import image_batch
@@ -40,7 +41,8 @@ class Plan:
     rounds: int = 30  # timed calls of each variant
     warmup: int = 3  # calls before them
     image: str | None = None  # file of an image, noise without one
-    seed: int = 0  # of the noise
+    seed: int = 0  # of the noise, and of fixed detections
+    detections: int | None = None  # of an image; None leaves it to the model
 
 
 def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
@@ -51,15 +53,22 @@ def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
         part, mode, batch, size (HxW, px), model, keep_ratios and kept (target and measured share
         of each predictor, the latter for those that the part runs), gmacs, median, p10, p90 (ms),
         speed_up and ideal (dense median and GMACs divided by those of the row), peak_mib; for the
-        backbone and the whole also the breakdown (ms).
+        backbone and the whole also the breakdown (ms), and where a detector makes detections
+        their number in an image, the mean.
         Multiply-adds, memory and breakdown are those of eager execution.
 
     Raises:
-        ValueError: If a keep ratio is not valid.
+        ValueError: If a keep ratio is not valid, or detections are fixed of a model that has no
+            RoI head.
     """
     models = {DENSE: pair.dense}
     for i, ratio in enumerate(plan.keep_ratios):
         models[f'sparse {i}'] = with_keep_ratio(pair.sparse, ratio)
+    with fixed_detections(list(models.values()), plan.detections, plan.seed):
+        yield from _settings(pair, models, plan)
+
+
+def _settings(pair: Pair, models: dict[str, nn.Module], plan: Plan) -> Iterator[list[dict]]:
     for batch, hw in product(plan.batch_sizes, plan.sizes):
         data = image_batch(batch, hw, plan.scope, plan.image, plan.seed)
         calls = {n: part_calls(m, plan.parts, data, plan.dtype) for n, m in models.items()}
@@ -93,8 +102,11 @@ def run_benchmark(pair: Pair, plan: Plan) -> Iterator[list[dict]]:
 
 def _costs(model: nn.Module, part: str, call: Callable[[], object], plan: Plan) -> dict:
     """What does not depend on the mode and is measured once."""
+    outputs = []
     with recorded_keep_rates(model) as kept:
-        costs = dict(gmacs=count_macs(call) / 1e9)
+        costs = dict(gmacs=count_macs(lambda: outputs.append(call())) / 1e9)
+    if (detections := mean_detections(outputs[0])) is not None:
+        costs['detections'] = detections
     costs['peak_mib'] = peak_memory(call, plan.device)
     if part == 'backbone':
         costs['breakdown'] = breakdown(model.backbone, call, plan.device, min(plan.rounds, 5))

@@ -19,6 +19,7 @@ from ..models.calls import around_calls
 from ..ops.regions import PREFIX, REGIONS, region
 
 REST = 'rest'
+POST = 'post-processing'
 PARTS = (*REGIONS, REST)
 WHOLE = PREFIX + 'whole'
 MODEL_PREFIX = 'mmdynsparse.model::'
@@ -69,8 +70,9 @@ def model_breakdown(
 ) -> dict[str, float]:
     """Split the time of a call of a model of mmseg or mmdet among its backbone, neck and heads.
 
-    A head's time is that of its ``predict``: with the resizing or the choice of boxes that belongs
-    to it. ``rest`` is what the model does itself, above all pre- and post-processing. Arguments
+    A head's time is that of its ``predict``, with the resizing that belongs to it. What the heads
+    of a detector do with their outputs (decoding and NMS of boxes, pasting of masks) is
+    ``post-processing``. ``rest`` is what the model does itself, above all preprocessing. Arguments
     are those of :func:`breakdown`; the function calls ``test_step``.
 
     Returns:
@@ -80,10 +82,22 @@ def model_breakdown(
     contexts = {name: partial(record_function, MODEL_PREFIX + name) for name in names}
     heads = {n: c for n, c in contexts.items() if hasattr(getattr(model, n), 'predict')}
     others = {n: c for n, c in contexts.items() if n not in heads}
-    with around_calls(model, others), around_calls(model, heads, 'predict'):
+    # Of segmentors it is the resizing of the logits.
+    boxes = {} if hasattr(model, 'decode_head') else _with_boxes(model)
+    with (
+        around_calls(model, others),
+        around_calls(model, heads, 'predict'),
+        around_calls(model, boxes, 'predict_by_feat'),
+    ):
         totals = _profiled(function, device, runs, MODEL_PREFIX)
-    times = {name: totals[name] for name in (*names, REST) if name in totals}
+    times = {name: totals[name] for name in (*names, POST, REST) if name in totals}
     return {**times, 'whole': sum(times.values())}
+
+
+def _with_boxes(model: nn.Module) -> dict[str, Callable]:
+    """Return contexts of what makes boxes and masks of the outputs of heads."""
+    names = [name for name, m in model.named_modules() if hasattr(m, 'predict_by_feat')]
+    return dict.fromkeys(names, partial(record_function, MODEL_PREFIX + POST))
 
 
 def _profiled(

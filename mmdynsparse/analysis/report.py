@@ -39,10 +39,12 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 def latency_table(rows: Sequence[Mapping]) -> None:
     """Print latency, multiply-adds and memory of the rows of a benchmark."""
-    header = ('part', 'batch', 'size', 'model', 'GMACs', 'median ms', 'p10', 'p90')
+    found = ('detections',) if any('detections' in row for row in rows) else ()
+    header = ('part', 'batch', 'size', 'model', *found, 'GMACs', 'median ms', 'p10', 'p90')
     cells = []
     for row in rows:
         setting = (row['part'], str(row['batch']), row['size'], name(row))
+        setting += tuple(f'{row[key]:g}' if key in row else '' for key in found)
         costs = (f'{row[key]:.2f}' for key in ('gmacs', 'median', 'p10', 'p90'))
         ideal, peak = f'{row["ideal"]:.2f} x', f'{row["peak_mib"]:.1f}'
         cells.append((*setting, *costs, verdict(row), ideal, peak))

@@ -23,7 +23,7 @@ from ..ops import (
 )
 from ..registry import MODELS
 from .features import decisions_of
-from .sparsity import BACKBONE, CellSparsity, Sparsity
+from .sparsity import BACKBONE, CellSparsity, RegionSparsity, Sparsity
 
 
 class Decider(nn.Module):
@@ -61,7 +61,7 @@ class Decider(nn.Module):
 
     def __init__(
         self,
-        sparsity: Sparsity | CellSparsity | None,
+        sparsity: Sparsity | CellSparsity | RegionSparsity | None,
         embed_dims: int | None = None,
         executions: Sequence[str] = ('gather', 'masked'),
         falling: bool = False,

@@ -14,6 +14,12 @@ HOSTS = (
     ('decode_heads', 'mmseg', 'seg', ('SparseUPerHead',)),
     ('dense_heads', 'mmdet', 'det', ('SparseRPNHead',)),
     ('necks', 'mmdet', 'det', ('SimpleFeaturePyramid', 'SparseFPN')),
+    (
+        'roi_heads',
+        'mmdet',
+        'det',
+        ('SparseCascadeRoIHead', 'SparseFCNMaskHead', 'SparseStandardRoIHead'),
+    ),
 )
 
 for package, library, extra, parts in HOSTS:

@@ -1,7 +1,7 @@
 """The ``sparsity`` argument of backbones, necks and heads, checked and completed."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import ClassVar
 
@@ -168,10 +168,37 @@ class CellSparsity:
 
     def resolve(self, keep_ratio: float | Sequence[float]) -> list[float]:
         """Return the keep ratio of the only decision, a number or a list of one, in (0, 1]."""
-        if isinstance(keep_ratio, list | tuple) and len(keep_ratio) == 1:
-            keep_ratio = keep_ratio[0]
-        check_ratio('sparsity.keep_ratio', keep_ratio)
-        return [float(keep_ratio)]
+        return resolve_single(keep_ratio)
+
+
+@dataclass(frozen=True)
+class RegionSparsity:
+    """How many regions of an image, proposals or detections, take the slow path.
+
+    Args:
+        keep_ratio: Share of the regions of each image, in (0, 1]; with the selector 'mass' of the
+            sum of their scores.
+        selector: How they are selected, see :class:`Sparsity`. Defaults to 'topk'.
+    """
+
+    keep_ratio: float
+    selector: str | Mapping = 'topk'
+
+    predictor: ClassVar[None] = None
+    followers: ClassVar[tuple[bool, ...]] = (False,)
+
+    @classmethod
+    def from_cfg(cls, cfg: Mapping) -> 'RegionSparsity':
+        """Check a config's ``sparsity`` dict, as :meth:`Sparsity.from_cfg` does."""
+        check_keys(cfg, cls)
+        self = cls(**cfg)
+        check_ratio('sparsity.keep_ratio', self.keep_ratio)
+        check_selector(self.selector)
+        return self
+
+    def resolve(self, keep_ratio: float | Sequence[float]) -> list[float]:
+        """As :meth:`CellSparsity.resolve`."""
+        return resolve_single(keep_ratio)
 
 
 def default_locations(depths: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -182,9 +209,17 @@ def default_locations(depths: Sequence[int]) -> dict[int, tuple[int, ...]]:
     return {stage: blocks or (0,)}
 
 
+def resolve_single(keep_ratio: float | Sequence[float]) -> list[float]:
+    """Return the keep ratio of a part with one decision, a number or a list of one, in (0, 1]."""
+    if isinstance(keep_ratio, list | tuple) and len(keep_ratio) == 1:
+        keep_ratio = keep_ratio[0]
+    check_ratio('sparsity.keep_ratio', keep_ratio)
+    return [float(keep_ratio)]
+
+
 def check_keys(cfg: Mapping, cls: type) -> None:
     """Raise a ValueError if a ``sparsity`` argument is no dict of the fields of a class."""
-    allowed = tuple(cls.__dataclass_fields__)
+    allowed = tuple(f.name for f in fields(cls))  # no class variables
     if not isinstance(cfg, Mapping):
         raise ValueError(f'sparsity must be None or a dict with the keys {allowed}, got {cfg!r}')
     if unknown := sorted(set(cfg) - set(allowed), key=str):

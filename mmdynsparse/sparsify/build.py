@@ -1,6 +1,7 @@
 """From a dense config to a sparse one that inherits from it."""
 
 import os.path as osp
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..models.decider import deciders
 from ..utils.command_line.launch import require_library
 from .budget import fit_budget
 from .config_text import child_config
-from .counterparts import PARTS, Part, swap_parts
+from .counterparts import PARTS, Part, changes_of, find_part, swap_parts
 from .recipe import fine_tuning
 
 # The published ConvNeXt configs import it, for a backbone that is replaced here.
@@ -57,7 +58,7 @@ class Draft:
         model = ConfigDict(deepcopy(self.cfg['model']))
         for part in self.parts:
             if part.after and resolve_type(part.before) is None:
-                model[part.key].type = part.after
+                find_part(model, part.key).type = part.after
         return model
 
     def text(self, out: str) -> str:
@@ -89,7 +90,7 @@ def draft_config(
     cfg, scope, dropped = _read(path)
     init_default_scope(scope)
     found = swap_parts(cfg['model'], scope, parts, training)
-    model = {part.key: part.changes for part in found if part.after}
+    model = changes_of(found)
     if checkpoint is not None:
         _leave_out_pretrained(model, cfg['model'])
     changes = {} if cfg.get('default_scope') else dict(default_scope=scope)
@@ -111,7 +112,9 @@ def set_budget(draft: Draft, model: nn.Module, budget: float, cost: Callable[[],
     Arguments and errors are those of :func:`~mmdynsparse.sparsify.budget.fit_budget`.
     """
     for name, ratio in fit_budget(model, budget, cost).items():
-        draft.changes['model'][name]['sparsity']['keep_ratio'] = ratio
+        # The stages of a cascade share a config, and so a keep ratio.
+        key = re.sub(r'\.\d+$', '', name)
+        find_part(draft.changes['model'], key)['sparsity']['keep_ratio'] = ratio
 
 
 def build_models(draft: Draft) -> tuple[nn.Module, nn.Module]:

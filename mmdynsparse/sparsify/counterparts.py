@@ -16,10 +16,16 @@ from ..models.backbones.vit import SparseVisionTransformer
 from ..registry import MODELS as SPARSE_MODELS
 
 # Names on the command line, and the parts of a model that they stand for.
-HEADS = ('decode_head', 'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 'panoptic_head')
+MASK_HEAD = 'roi_head.mask_head'  # a part within a part
+HEADS = (
+    *('decode_head', 'rpn_head', 'roi_head', MASK_HEAD),
+    *('bbox_head', 'mask_head', 'panoptic_head'),
+)
 PARTS = {'backbone': ('backbone',), 'neck': ('neck',), 'head': HEADS}
 CELLS = dict(type='mmdynsparse.CellPredictor')
 LIGHT = dict(type='mmdynsparse.LowRankFastPath')
+PROPOSALS = dict(keep_ratio=0.3)
+MASKS = dict(keep_ratio=0.5)
 
 
 class Row(NamedTuple):
@@ -41,6 +47,7 @@ class Row(NamedTuple):
 
 
 PUBLISHED = 'Rao et al., arXiv 2207.01580'
+ROI = 'no training: docs/whole-model.md, RoI heads'
 FASTER = 'a faster dense backbone: docs/whole-model.md, accuracy without training'
 TABLE = (
     Row('SparseSwinTransformer', True, dict(keep_ratio=0.7), 'docs/study.md, claims 1 and 8'),
@@ -64,6 +71,9 @@ TABLE = (
     ),
     Row('SparseFPN', True, dict(keep_ratio=0.6), 'docs/study.md, claim 11'),
     Row('SparseRPNHead', True, dict(), 'follows the neck: docs/study.md, claim 11'),
+    *(Row('SparseStandardRoIHead', training, PROPOSALS, ROI) for training in (True, False)),
+    *(Row('SparseCascadeRoIHead', training, PROPOSALS, ROI) for training in (True, False)),
+    *(Row('SparseFCNMaskHead', training, MASKS, ROI) for training in (True, False)),
     Row('SparseSwinTransformer', False, None, FASTER),
     Row('SparseConvNeXt', False, None, FASTER),
     Row('SparseResNet', False, None, FASTER),
@@ -83,7 +93,7 @@ class Part(NamedTuple):
     """What becomes of one part of a model.
 
     Attributes:
-        key: Its key in the model's config.
+        key: Its key in the model's config, with a dot where it is within another part.
         before: Its type.
         after: The type that replaces it, or None if it stays.
         sparsity: The new ``sparsity``, or None for the dense form of the new type.
@@ -131,7 +141,7 @@ def swap_parts(
     found = []
     for name, keys in PARTS.items():
         for key in keys:
-            if model_cfg.get(key) is not None:
+            if find_part(model_cfg, key) is not None:
                 wanted = name in parts
                 found.append(_swap(key, model_cfg, scope, training, wanted, found))
     if not any(part.after for part in found):
@@ -152,7 +162,7 @@ def _swap(
     before: Sequence[Part],
 ) -> Part:
     """Decide about one part; ``before`` are the parts that were decided before."""
-    node = model_cfg[key]
+    node = find_part(model_cfg, key)
     if not isinstance(node, Mapping):
         types = ' + '.join(_short(item['type']) for item in node)
         return Part(key, types, None, None, 'stays: only a single module is replaced')
@@ -170,6 +180,8 @@ def _swap(
         return stays._replace(note='stays: its sparsity has to be trained')
     if row.sparsity == {} and not any(p.key == 'neck' and p.sparsity for p in before):
         return stays._replace(note='stays: it follows a sparse neck, and there is none')
+    if key == MASK_HEAD and not any(p.key == 'roi_head' and p.after for p in before):
+        return stays._replace(note='stays: its RoI head is none that chooses regions')
     note = row.source
     for sparsity in (row.sparsity, None) if key == 'backbone' else (row.sparsity,):
         part = Part(key, kind, f'{SCOPE}{cls.__name__}', sparsity, note)
@@ -178,6 +190,26 @@ def _swap(
             return part
         note = f'without sparsity: {reason}'
     return stays._replace(note=f'stays: {reason}')
+
+
+def find_part(cfg: Mapping, key: str) -> object:
+    """Return what a config has under a key with dots, None if there is nothing."""
+    for name in key.split('.'):
+        cfg = cfg.get(name) if isinstance(cfg, Mapping) else None
+    return cfg
+
+
+def changes_of(parts: Sequence[Part]) -> dict:
+    """Return the changes of a model's config, those of parts within parts included."""
+    changes = {}
+    for part in parts:
+        if part.after:
+            *outer, last = part.key.split('.')
+            node = changes
+            for name in outer:
+                node = node.setdefault(name, {})
+            node.setdefault(last, {}).update(part.changes)
+    return changes
 
 
 def counterpart(kind: str) -> type | None:

@@ -45,7 +45,8 @@ def fine_tuning(cfg: Mapping, model: nn.Module, joint: bool = False) -> dict:
 
 def _sparse_hooks(model: nn.Module, joint: bool) -> list[dict]:
     segmentor = hasattr(model, 'decode_head')
-    parts = set(deciders(model))
+    # RoI heads have nothing to learn, and distillation does not see them.
+    parts = {name for name in deciders(model) if not name.startswith('roi_head')}
     # What is sparse after the backbone changes most, so its logits weigh more (docs/study.md).
     logit_weight = 5.0 if parts - {'backbone'} else 0.5
     if not _has_logits(model):

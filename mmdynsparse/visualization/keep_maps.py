@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from ..models.decider import deciders
+from ..models.decider import Decider, deciders
+from ..models.sparsity import RegionSparsity
 from ..ops import Decision, location_mask
 
 LABEL_HEIGHT = 18  # px
@@ -31,7 +32,7 @@ def keep_map_row(model: nn.Module, batch: dict, scale: float = 1.0) -> np.ndarra
     padding = (0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)
     image = Image.fromarray(np.pad(image, padding))
     image = np.asarray(image.resize((round(width * scale), round(height * scale))))
-    decisions = [d for decider in deciders(model).values() for d in decider.decisions]
+    decisions = [d for decider in _of_maps(model).values() for d in decider.decisions]
     return draw_keep_maps(image, decisions, 0, decision_labels(model))
 
 
@@ -39,10 +40,11 @@ def decision_labels(model: nn.Module) -> list[str]:
     """Say where each decision of a model is made, in the words of its config counted from 1.
 
     A backbone's are 'stage 3' or, where a stage has several, 'stage 3, block 2'; those of a vision
-    transformer 'layer 4'; others have the name of their part.
+    transformer 'layer 4'; others have the name of their part. Decisions about proposals and
+    detections have no map, and so no label.
     """
     labels = []
-    for name, decider in deciders(model).items():
+    for name, decider in _of_maps(model).items():
         locations = getattr(decider.sparsity, 'locations', None)
         if locations is None:
             labels.append(name or 'model')
@@ -96,6 +98,12 @@ def draw_keep_maps(
         panels.append(labelled_panel(_tint_dropped(image, keep), f'{label}: {share:.0%} kept'))
     gap = np.full((panels[0].shape[0], GAP, 3), 255, np.uint8)
     return np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
+
+
+def _of_maps(model: nn.Module) -> dict[str, Decider]:
+    """Return the deciders of a model that decide about locations of maps."""
+    found = deciders(model)
+    return {n: d for n, d in found.items() if not isinstance(d.sparsity, RegionSparsity)}
 
 
 def _tint_dropped(image: np.ndarray, keep: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ DET = {
     'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py': 'backbone neck head',
     'mask_rcnn/mask-rcnn_r50-caffe_fpn_1x_coco.py': 'backbone neck head',
     'faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py': 'backbone neck head',
-    'faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py': 'backbone',
+    'faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py': 'backbone head',
     'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py': 'backbone neck head',
     'swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py': 'backbone neck',
     'convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py': 'backbone neck head',
@@ -48,9 +48,9 @@ DET = {
     'atss/atss_r50_fpn_1x_coco.py': 'backbone neck',
     'gfl/gfl_r50_fpn_1x_coco.py': 'backbone neck',
     'dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py': 'backbone neck head',
-    'gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py': 'backbone',
+    'gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py': 'backbone head',
     'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py': 'backbone neck head',
-    'libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco.py': 'backbone',
+    'libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco.py': 'backbone head',
     'detr/detr_r50_8xb2-150e_coco.py': 'backbone',
     'dino/dino-4scale_r50_8xb2-12e_coco.py': 'backbone',
     'dino/dino-5scale_swin-l_8xb2-12e_coco.py': 'backbone',
@@ -59,7 +59,7 @@ DET = {
     'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py': 'backbone neck',
     'rtmdet/rtmdet_tiny_8xb32-300e_coco.py': '',
     'yolox/yolox_s_8xb8-300e_coco.py': '',
-    'hrnet/faster-rcnn_hrnetv2p-w18-1x_coco.py': '',
+    'hrnet/faster-rcnn_hrnetv2p-w18-1x_coco.py': 'head',
 }
 
 

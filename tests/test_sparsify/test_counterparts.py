@@ -9,7 +9,9 @@ from mmengine.registry import init_default_scope
 sys.path.insert(0, str(Path(__file__).parent))
 from stock import DET, SEG, stock_path
 
+from mmdynsparse.models.decider import keep_ratios
 from mmdynsparse.sparsify import PARTS, TABLE, draft_config, swap_parts
+from mmdynsparse.sparsify.build import build_models, set_budget
 from mmdynsparse.sparsify.counterparts import _sparse_classes, counterpart
 
 STOCK = [*(('mmseg', name) for name in SEG), *(('mmdet', name) for name in DET)]
@@ -43,8 +45,29 @@ def test_stock_config(library: str, name: str) -> None:
     assert expected == [part for part, keys in PARTS.items() if replaced & set(keys)]
     for part in draft.parts:
         assert part.note.startswith('stays: ') == (part.after is None)
-    assert set(draft.changes['model']) == replaced
-    assert draft.is_sparse == ('custom_hooks' in draft.changes)
+    assert set(draft.changes['model']) == {key.split('.')[0] for key in replaced}
+    # RoI heads have nothing to learn.
+    learns = any(part.sparsity and not part.key.startswith('roi_head') for part in draft.parts)
+    assert learns == ('custom_hooks' in draft.changes)
+
+
+def test_mask_head_goes_with_its_roi_head() -> None:
+    path = stock_path('mmdet', 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py')
+    draft = draft_config(str(path), training=False)
+    roi_head = draft.changes['model']['roi_head']
+    assert roi_head['type'] == 'mmdynsparse.SparseCascadeRoIHead'
+    assert roi_head['mask_head']['type'] == 'mmdynsparse.SparseFCNMaskHead'
+    model, _ = build_models(draft)
+    set_budget(draft, model, 0.5, lambda: 0.1 + keep_ratios(model)[0])
+    assert (
+        roi_head['mask_head']['sparsity']['keep_ratio']
+        == model.roi_head.mask_head[0].decider.keep_ratios[0]
+    )
+    model_cfg = dict(draft.cfg['model'])
+    model_cfg['roi_head'] = dict(model_cfg['roi_head'], type='PISARoIHead')
+    notes = {part.key: part.note for part in swap_parts(model_cfg, 'mmdet', training=False)}
+    assert notes['roi_head'] == 'stays: no sparse counterpart'
+    assert notes['roi_head.mask_head'] == 'stays: its RoI head is none that chooses regions'
 
 
 def test_enough_stock_configs_have_a_counterpart() -> None:

@@ -88,6 +88,24 @@ def test_whole_detector(run: Callable, write_config: Callable) -> None:
     assert 0 < head['gmacs'] < whole['gmacs']
 
 
+def test_detections_are_stated_and_can_be_fixed(
+    run: Callable, fails: Callable, write_config: Callable
+) -> None:
+    args = ('--parts', 'backbone', 'head', 'whole', '--sizes', 64)
+    result, output = run(write_config('det'), *args, '--detections', 7)
+    rows = result['rows']
+    assert [row.get('detections') for row in rows] == [None] * 2 + [7] * 4
+    assert result['setting']['detections'] == 7 and 'detections' in output
+    for row in rows[4:]:
+        times = dict(row['breakdown'])
+        assert times['post-processing'] > 0
+        assert times.pop('whole') == pytest.approx(sum(times.values()))
+    found = run(write_config('det'), *args)[0]
+    assert all('detections' in row for row in found['rows'][2:])
+    assert found['setting']['detections'] == 'what the model finds, see the table'
+    assert '--detections' in fails(TOOL, write_config('seg'), '--detections', 7)
+
+
 def test_weights_of_a_checkpoint_reach_both_models(
     run: Callable, write_config: Callable, load_tool: Callable, tmp_path: Path, monkeypatch
 ) -> None:

@@ -86,9 +86,12 @@ def test_no_training(
     assert set(model.state_dict()) == set(dense.state_dict())
     out = capsys.readouterr().out
     assert 'tools/test.py' in out and 'DENSE_CHECKPOINT' in out
-    # Nothing of a detector but its backbone goes without training.
+    # Of a detector the backbone and the RoI heads go without training.
     cfg = sparsify(load_tool, dense_config('det'), '-o', tmp_path / 'det.py', '--no-training')
     assert cfg.model.neck.type == 'FPN' and cfg.model.rpn_head.type == 'RPNHead'
+    assert cfg.model.roi_head.type == 'mmdynsparse.SparseStandardRoIHead'
+    assert cfg.model.roi_head.sparsity == dict(keep_ratio=0.3)
+    assert cfg.model.roi_head.mask_head.type == 'mmdynsparse.SparseFCNMaskHead'
     assert 'its sparsity has to be trained' in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from mmdynsparse.analysis.backends import BACKENDS, backend_table, run_backends
 from mmdynsparse.analysis.benchmark import Plan, run_benchmark
 from mmdynsparse.analysis.dense import Pair
+from mmdynsparse.analysis.detections import has_roi_head
 from mmdynsparse.analysis.environment import environment
 from mmdynsparse.analysis.execution import MODES
 from mmdynsparse.analysis.model_parts import MODEL_PARTS, available_parts
@@ -75,6 +76,12 @@ def build_parser() -> AnalysisParser:
         default=(),
         help='time what is exported of the models in these; parts are backbone and whole',
     )
+    parser.add_argument(
+        '--detections',
+        type=at_least(1),
+        metavar='N',
+        help='let RoI heads find N objects in each image; defaults to what the model finds',
+    )
     parser.add_argument('--image', help='file of an image, which is resized; noise without one')
     return parser
 
@@ -96,6 +103,10 @@ def make_plan(args: argparse.Namespace, scope: str, pair: Pair) -> Plan:
         raise ValueError(f'--parts must be backbone and whole with --backends, got {args.parts}')
     if args.mode == 'cudagraph' and args.device != 'cuda':
         raise ValueError("--mode 'cudagraph' needs --device 'cuda', got 'cpu'")
+    if args.detections and not has_roi_head(pair.dense):
+        raise ValueError(
+            f'--detections needs a two-stage detector, got {args.detections} for another model'
+        )
     has = available_parts(pair.sparse)
     parts = [part for part in MODEL_PARTS if part in args.parts and part in has]
     if not parts:
@@ -113,6 +124,7 @@ def make_plan(args: argparse.Namespace, scope: str, pair: Pair) -> Plan:
         warmup=args.warmup,
         image=args.image,
         seed=args.seed,
+        detections=args.detections,
     )
 
 
@@ -133,9 +145,16 @@ def describe(args: argparse.Namespace, plan: Plan, pair: Pair) -> dict:
         keep_ratios='; '.join(map(str, ratios)),
         input=plan.image or 'random noise',
         seed=plan.seed,
+        **_detections(plan, pair),
         rounds=f'{plan.rounds} after {plan.warmup} for warming up',
         memory='torch allocations of a call at their peak, without weights and input',
     )
+
+
+def _detections(plan: Plan, pair: Pair) -> dict:
+    if hasattr(pair.dense, 'decode_head'):
+        return {}
+    return dict(detections=plan.detections or 'what the model finds, see the table')
 
 
 def measure(groups: Iterator[list[dict]], result: dict, out: Path | None) -> None:
