@@ -47,7 +47,7 @@ def build_parser() -> ToolParser:
         '--length',
         type=at_least(1),
         metavar='N',
-        help="iterations or epochs of the fine-tuning, whichever the config counts; defaults to a "
+        help='iterations or epochs of the fine-tuning, whichever the config counts; defaults to a '
         'tenth of the dense schedule',
     )
     parser.add_argument(

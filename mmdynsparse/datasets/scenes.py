@@ -1,8 +1,9 @@
 """A small generated dataset of landscapes with objects, for segmentation and detection.
 
 Every scene has a plain background (sky, grass, a road, a lake) and small objects of five classes,
-whose size follows the distance to the horizon: most of an image is easy, and little of it counts. Semantic maps and COCO instances come from the same painted instance
-map and therefore agree with each other pixel by pixel.
+whose size follows the distance to the horizon: most of an image is easy, and little of it counts.
+Semantic maps and COCO instances come from the same painted instance map and therefore agree with
+each other pixel by pixel.
 """
 
 import json
