@@ -83,6 +83,7 @@ def main() -> None:
     """Run all steps; the first that fails ends the program with its message."""
     args = parse_args()
     begin = time.time()
+    sys.stdout.reconfigure(line_buffering=True)  # in the order of what the tools print
     task = TASKS[args.task]
     work_dir = Path('work_dirs') / f'quickstart-{args.task}'
     clean(work_dir)
@@ -174,7 +175,7 @@ def test(config: Path, checkpoint: Path, work_dir: Path, task: Task) -> dict:
     """Evaluate with ``tools/test.py``, which writes predictions, and return the metrics."""
     dump = [text.format(work_dir) for text in task.dump]
     run(['test.py', config, checkpoint, '--work-dir', work_dir, *dump], work_dir)
-    return json.loads(max(work_dir.glob('*/*.json')).read_text())
+    return json.loads(max(work_dir.glob('*/[0-9]*.json')).read_text())
 
 
 def benchmark(config: Path, checkpoint: Path, image: Path, work_dir: Path) -> dict:

@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 + (', which exists' if osp.exists(args.out) else '')
             )
         training = not args.no_training
+        if args.length and not training:
+            raise ValueError(f'--length must not be given with --no-training, got {args.length}')
         budget = parse_budget(args.budget, training)
         draft = draft_config(
             args.config, args.parts, training, args.checkpoint, budget == ALL, args.length
