@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.visualization import Visualizer
 from mmseg.models import EncoderDecoder
 
@@ -31,7 +32,7 @@ def build(sparsity: dict | None, mode: str = 'whole') -> EncoderDecoder:
             type='mmseg.FCNHead', in_channels=96, in_index=3, channels=8, num_classes=2
         ),
         data_preprocessor=dict(type='mmseg.SegDataPreProcessor', size=(64, 64)),
-        test_cfg=dict(mode=mode, crop_size=(32, 32), stride=(32, 32)),
+        test_cfg=ConfigDict(mode=mode, crop_size=(32, 32), stride=(32, 32)),
     ).eval()
 
 
