@@ -16,12 +16,11 @@ from torch import nn
 from mmdynsparse import set_budget
 from mmdynsparse.analysis.images import file_batches
 from mmdynsparse.analysis.models import load_weights
-from mmdynsparse.models.decider import deciders
 from mmdynsparse.utils.checkpoints import read_checkpoint
 from mmdynsparse.utils.command_line.arguments import ToolParser, check_device
 from mmdynsparse.utils.command_line.errors import one_line_errors
 from mmdynsparse.utils.command_line.launch import load_config
-from mmdynsparse.visualization import keep_map_row, labelled_panel
+from mmdynsparse.visualization import check_drawable, keep_map_row, labelled_panel
 from mmdynsparse.visualization.keep_maps import GAP
 
 
@@ -73,8 +72,8 @@ def load_model(args, cfg: Config) -> nn.Module:
     load_weights(model, args.checkpoint)
     if args.budget:
         set_budget(model, args.budget)
-    if args.keep_maps and not deciders(model):
-        raise ValueError(f'--keep-maps needs a sparse part, got none in {args.config}')
+    if args.keep_maps:
+        check_drawable(model)
     return model.to(check_device(args.device)).eval()
 
 

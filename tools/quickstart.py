@@ -1,52 +1,77 @@
-"""Train a small sparse model on generated data and set it beside a dense one.
+"""Make a small dense model sparse, from the data to the pictures, and say what it gains.
 
-Everything is written below the current directory: the data in ``data/quickstart``, the rest in
+Every step is a command of tools/ and is printed, so that you can do the same with your own model.
+All is written below the current directory: the data in ``data/quickstart``, the rest in
 ``work_dirs/quickstart-seg`` or ``work_dirs/quickstart-det``.
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
-import torch
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-from mmdynsparse.analysis import compare_latency, count_macs
-from mmdynsparse.datasets import write_scenes
-from mmdynsparse.visualization import draw_keep_maps
+from mmdynsparse.datasets import CLASSES, write_scenes
 
-ROOT = Path(__file__).resolve().parents[1]
+TOOLS = Path(__file__).resolve().parent
 DATA = Path('data/quickstart')
-NUM_TRAIN, NUM_VAL = 200, 40
+SIZE = 512  # px
+NUM_TRAIN, NUM_VAL = 160, 40
+PARTS = 8  # of the validation set, from which the noise of accuracies is estimated
 NUM_PICTURED = 4
-ROUNDS = 40
-METHODS = dict(seg='upernet', det='mask-rcnn')
-METRICS = dict(  # name in the table and name in the metrics that tools/test.py writes
-    seg={'mIoU (%)': 'mIoU'},
-    det={'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'},
+ROUNDS = 20
+FINE_TUNING = 0.3  # of the length of the dense training, which is short
+PRETRAINED_LR = 4e-4  # of pretrained parameters in the fine-tuning, a fifth of the config's
+
+
+class Task(NamedTuple):
+    """What differs between segmentation and detection.
+
+    Attributes:
+        config: The dense config.
+        metrics: Name in the table and name in the metrics that ``tools/test.py`` writes.
+        dump: Arguments of ``tools/test.py`` that write the predictions below a folder {}.
+    """
+
+    config: Path
+    metrics: dict[str, str]
+    dump: tuple[str, ...]
+
+
+CONFIGS = TOOLS.parent / 'configs/quickstart'
+TASKS = dict(
+    seg=Task(
+        CONFIGS / 'swin-xt_upernet_quickstart.py', {'mIoU (%)': 'mIoU'}, ('--out', '{}/predictions')
+    ),
+    det=Task(
+        CONFIGS / 'swin-xt_mask-rcnn_quickstart.py',
+        {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'},
+        ('--cfg-options', 'test_evaluator.outfile_prefix={}/predictions/coco'),
+    ),
 )
-TRAIN_LINE = re.compile(r'Iter\(train\) \[ *(\d+/\d+)\].* eta: (\S+) .* loss: (\S+)')
-TEST_LINE = re.compile(r'Iter\((?:val|test)\) \[ *(\d+/\d+)\] +eta: ')
-KEEP_RATE = re.compile(r'keep_rate_\d+: (\S+)')
+PROGRESS = re.compile(r'Iter\((train|val|test)\) \[ *(\d+)/(\d+)\]')
+LOSS = re.compile(r' loss: (\S+)')
 
 
 class Row(NamedTuple):
-    """One line of the result table; ``dense`` is None where only the sparse model has a value."""
+    """One line of the table; ``dense`` is None where only the sparse model has a value."""
 
     name: str
     dense: float | None
@@ -58,55 +83,59 @@ def main() -> None:
     """Run all steps; the first that fails ends the program with its message."""
     args = parse_args()
     begin = time.time()
+    sys.stdout.reconfigure(line_buffering=True)  # in the order of what the tools print
+    task = TASKS[args.task]
     work_dir = Path('work_dirs') / f'quickstart-{args.task}'
     clean(work_dir)
 
-    print(f'[1/6] data: {NUM_TRAIN} training and {NUM_VAL} validation scenes in {DATA}')
+    print(f'[1/7] data: {NUM_TRAIN} training and {NUM_VAL} validation scenes in {DATA}')
     try:
-        write_scenes(DATA, NUM_TRAIN, NUM_VAL)
+        write_scenes(DATA, NUM_TRAIN, NUM_VAL, (SIZE, SIZE))
     except OSError as error:
         sys.exit(f'quickstart: cannot write the data: {error}')
 
-    method = METHODS[args.task]
-    configs = {
-        'dense': ROOT / f'configs/quickstart/swin-xt_{method}_quickstart.py',
-        'sparse': ROOT / f'configs/quickstart/sparse-swin-xt_{method}_quickstart.py',
-    }
-    options = []
-    if args.iters:
-        options = [f'train_cfg.max_iters={args.iters}', f'train_cfg.val_interval={args.iters}']
-    print('[2/6] train a dense model, where both others start')
-    start = train(configs['dense'], work_dir / 'start', options)
-    checkpoints = {}
-    for step, (name, config) in enumerate(configs.items(), 3):
-        print(f'[{step}/6] fine-tune the {name} model')
-        checkpoints[name] = train(config, work_dir / name, [*options, f'load_from={start}'])
-    print('[5/6] evaluate both')
-    metrics = {name: test(configs[name], checkpoints[name], work_dir / name) for name in configs}
+    print('[2/7] train a dense model (of your own you have one already)')
+    names = ('max_iters', 'val_interval') if args.iters else ()
+    start = train(task.config, work_dir / 'dense', [f'train_cfg.{n}={args.iters}' for n in names])
+    length = max(round(FINE_TUNING * int(start.stem.removeprefix('iter_'))), 1)
 
-    print('[6/6] keep maps, multiply-adds and latency')
-    models = {name: load_model(configs[name], checkpoints[name]) for name in configs}
-    batches = load_batches(configs['sparse'], models['sparse'])
-    labels = location_labels(configs['sparse'])
-    save_keep_maps(models['sparse'], batches, labels, work_dir / 'keep_maps.png')
-    rows = [
-        *accuracy_rows(metrics, METRICS[args.task]),
-        *keep_rate_rows(metrics['sparse'], models['sparse'], labels),
-        *cost_rows(models, batches),
-    ]
-    report(rows, conditions(checkpoints['sparse'], batches), work_dir)
-    print(f'\nmodel     {checkpoints["sparse"]}')
-    print(f'pictures  {work_dir / "keep_maps.png"}')
-    print(f'table     {work_dir / "table.md"}, {work_dir / "table.json"}')
+    print('[3/7] make its config sparse')
+    sparse = work_dir / 'sparse.py'
+    run(['sparsify.py', task.config, start, '--length', length, '--size', SIZE, '-o', sparse])
+
+    print('[4/7] fine-tune the sparse model')
+    models = dict(sparse=(sparse, train(sparse, work_dir / 'sparse', [])))
+
+    print('[5/7] fine-tune the dense model as long, to compare')
+    models['dense'] = task.config, train(sparse, work_dir / 'control', control_options(sparse))
+
+    print('[6/7] evaluate both')
+    metrics = {
+        name: test(*model, work_dir / f'test-{name}', task) for name, model in models.items()
+    }
+
+    print('[7/7] measure and draw the sparse model')
+    images = sorted((DATA / 'images/val').glob('*.jpg'))[:: NUM_VAL // NUM_PICTURED]
+    costs = benchmark(*models['sparse'], images[0], work_dir / 'benchmark')
+    pictures = work_dir / 'pictures'
+    run(['demo.py', *images, *models['sparse'], '--keep-maps', '--out', pictures], pictures)
+
+    errors = standard_errors(args.task, work_dir)
+    rows = accuracy_rows(metrics, task.metrics, errors)
+    rows += [*keep_rate_rows(metrics['sparse'], costs), *cost_rows(costs)]
+    report(rows, conditions(length, costs, images[0]), work_dir)
+    print(f'\npictures  {pictures}\ntable     {work_dir / "table.md"}, {work_dir / "table.json"}')
     print(f'took {(time.time() - begin) / 60:.1f} minutes')
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('task', choices=tuple(METHODS), help='segmentation or detection')
+    parser.add_argument('task', choices=tuple(TASKS), help='segmentation or detection')
     parser.add_argument(
-        '--iters', type=int, help="length of each training; defaults to the config's, for trials"
+        '--iters',
+        type=int,
+        help="length of the dense training; defaults to the config's, for trials",
     )
     args = parser.parse_args()
     if args.iters is not None and args.iters < 1:
@@ -116,160 +145,187 @@ def parse_args() -> argparse.Namespace:
 
 def clean(work_dir: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for name in ('start', 'dense', 'sparse'):
+    folders = ('dense', 'sparse', 'control', 'test-dense', 'test-sparse', 'benchmark', 'pictures')
+    for name in folders:
         shutil.rmtree(work_dir / name, ignore_errors=True)
-    for name in ('keep_maps.png', 'table.md', 'table.json'):
+    for name in ('sparse.py', 'table.md', 'table.json'):
         (work_dir / name).unlink(missing_ok=True)
 
 
-def train(config: Path, work_dir: Path, options: list[str]) -> Path:
+def train(config: Path, work_dir: Path, changes: list[str]) -> Path:
     """Train with ``tools/train.py`` and return the path of the last checkpoint."""
     command = ['train.py', config, '--work-dir', work_dir]
-    run(command + (['--cfg-options', *options] if options else []), work_dir / 'train.txt')
+    run(command + (['--cfg-options', *changes] if changes else []), work_dir)
     return Path(os.path.relpath((work_dir / 'last_checkpoint').read_text().strip()))
 
 
-def test(config: Path, checkpoint: Path, work_dir: Path) -> dict:
-    """Evaluate with ``tools/test.py`` and return the metrics it wrote."""
-    run(['test.py', config, checkpoint, '--work-dir', work_dir / 'test'], work_dir / 'test.txt')
-    return json.loads(max((work_dir / 'test').glob('*/*.json')).read_text())
+def control_options(sparse: Path) -> list[str]:
+    """Return what trains the dense model alike: no sparsity, no hooks, the same learning rate."""
+    model = Config.fromfile(sparse).model
+    parts = [key for key, part in model.items() if isinstance(part, dict) and 'sparsity' in part]
+    return [
+        *(f'model.{part}.sparsity=None' for part in parts),
+        'custom_hooks=[]',
+        'optim_wrapper.constructor=DefaultOptimWrapperConstructor',
+        f'optim_wrapper.optimizer.lr={PRETRAINED_LR}',
+    ]
 
 
-def run(command: list, log: Path) -> None:
-    """Run a program of tools/: all its output goes to ``log``, its progress to the terminal."""
-    command = [sys.executable, '-u', str(ROOT / 'tools' / command[0]), *map(str, command[1:])]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log.open('w') as file,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process,
-    ):
-        for line in process.stdout:
-            file.write(line)
-            if progress := describe(line):
-                print(f'      {progress}', flush=True)
+def test(config: Path, checkpoint: Path, work_dir: Path, task: Task) -> dict:
+    """Evaluate with ``tools/test.py``, which writes predictions, and return the metrics."""
+    dump = [text.format(work_dir) for text in task.dump]
+    run(['test.py', config, checkpoint, '--work-dir', work_dir, *dump], work_dir)
+    return json.loads(max(work_dir.glob('*/[0-9]*.json')).read_text())
+
+
+def benchmark(config: Path, checkpoint: Path, image: Path, work_dir: Path) -> dict:
+    """Time the whole model, and return what ``tools/analysis_tools/benchmark.py`` writes."""
+    command = ['analysis_tools/benchmark.py', config, checkpoint, '--parts', 'backbone', 'whole']
+    command += ['--sizes', SIZE, '--image', image, '--rounds', ROUNDS, '--out', work_dir]
+    run(command, work_dir)
+    return json.loads((work_dir / 'benchmark.json').read_text())
+
+
+def run(command: list, folder: Path | None = None) -> None:
+    """Run a program of tools/.
+
+    Args:
+        command: Its name and arguments.
+        folder: Where all its output goes, into ``log.txt``; the terminal gets its progress.
+            Defaults to None, to the terminal.
+    """
+    command = [str(TOOLS / command[0]), *map(str, command[1:])]
+    print(f'  $ python {shlex.join([os.path.relpath(command[0]), *command[1:]])}', flush=True)
+    command = [sys.executable, '-u', *command]
+    if folder is None:
+        if subprocess.run(command).returncode:
+            sys.exit(f'quickstart: {Path(command[2]).name} failed')
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / 'log.txt'
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with log.open('w') as file, subprocess.Popen(command, **pipes) as process:
+        show_progress(process.stdout, file)
     if process.returncode:
         tail = ''.join(log.read_text().splitlines(keepends=True)[-15:])
         sys.exit(f'{tail}\nquickstart: {Path(command[2]).name} failed, all its output is in {log}')
 
 
-def describe(line: str) -> str:
-    """Shorten a progress line of mmengine's log; other lines give an empty string."""
-    if match := TRAIN_LINE.search(line):
-        rates = ' '.join(f'{float(rate):.2f}' for rate in KEEP_RATE.findall(line))
-        iteration, eta, loss = match.groups()
-        rates = f'  keep rates {rates}' if rates else ''
-        return f'train {iteration:>9}  loss {float(loss):.3f}{rates}  {eta} left'
-    if match := TEST_LINE.search(line):
-        return f'evaluate {match.group(1)}'
-    return ''
+def show_progress(lines: Iterable[str], file: TextIO) -> None:
+    """Write the lines of a program to a file, and draw a bar of the iterations in them."""
+    with Progress(*Progress.get_default_columns(), transient=True) as progress:
+        bar = progress.add_task('      ', total=None)
+        for line in lines:
+            file.write(line)
+            if not (step := describe(line)):
+                continue
+            text, done, total = step
+            progress.update(bar, description=f'      {text}', completed=done, total=total)
+            if not progress.console.is_terminal:
+                print(f'      {text} {done}/{total}', flush=True)
 
 
-def load_model(config: Path, checkpoint: Path) -> torch.nn.Module:
-    """Build the model of a config with its trained weights, in eval mode on the CPU."""
-    cfg = Config.fromfile(config)
-    init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model)
-    load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True, logger='silent')
-    model.eval()
-    return model
+def describe(line: str) -> tuple[str, int, int] | None:
+    """Return what a line of mmengine's log says of the progress: a text, done, of how many."""
+    if not (match := PROGRESS.search(line)):
+        return None
+    loop, done, total = match.groups()
+    loss = LOSS.search(line)
+    text = f'train, loss {float(loss.group(1)):.2f}' if loop == 'train' and loss else 'evaluate'
+    return text, int(done), int(total)
 
 
-def load_batches(config: Path, model: torch.nn.Module) -> list[dict]:
-    """Load validation images spread over the set, one per batch, normalised for the model.
+def standard_errors(task: str, work_dir: Path) -> dict[str, float]:
+    """Estimate the noise of the differences between the two models' accuracies.
 
-    Each batch is what the data preprocessor returns plus ``image``, (H, W, 3) uint8 RGB.
+    The validation set is divided into ``PARTS``. How much the difference varies between them tells
+    its standard error over the set. Chance in the trainings is not in it.
     """
-    dataset = DATASETS.build(Config.fromfile(config).val_dataloader.dataset)
-    batches = []
-    for i in np.linspace(0, len(dataset) - 1, NUM_PICTURED, dtype=int):
-        item = dataset[int(i)]
-        image = item['inputs'].numpy()[::-1].transpose(1, 2, 0)
-        batches.append(dict(model.data_preprocessor(pseudo_collate([item])), image=image))
-    return batches
+    of_parts = dict(seg=parts_miou, det=parts_ap)[task]
+    sparse, dense = (of_parts(work_dir / f'test-{name}') for name in ('sparse', 'dense'))
+    spread = (sparse - dense).std(axis=1, ddof=1) / np.sqrt(PARTS)
+    return dict(zip(TASKS[task].metrics, spread.tolist(), strict=True))
 
 
-def location_labels(config: Path) -> list[str]:
-    """Name the position of each predictor, in the order of the decisions."""
-    locations = Config.fromfile(config).model.backbone.sparsity.locations
-    return [f'stage {stage} block {block}' for stage in locations for block in locations[stage]]
+def parts_miou(work_dir: Path) -> np.ndarray:
+    """Return the mIoU (%) of parts of the validation set, (1, PARTS)."""
+    scores = []
+    paths = sorted((DATA / 'annotations/val').glob('*.png'))
+    for part in range(PARTS):
+        counts = np.zeros((len(CLASSES), len(CLASSES)))
+        for path in paths[part::PARTS]:
+            truth = np.asarray(Image.open(path)).ravel()
+            found = np.asarray(Image.open(work_dir / 'predictions' / path.name)).ravel()
+            known = truth < len(CLASSES)
+            np.add.at(counts, (truth[known], found[known]), 1)
+        both = counts.diagonal()
+        union = counts.sum(0) + counts.sum(1) - both
+        scores.append(100 * (both[union > 0] / union[union > 0]).mean())
+    return np.array([scores])
 
 
-def save_keep_maps(
-    model: torch.nn.Module, batches: list[dict], labels: list[str], path: Path
-) -> None:
-    """Write one row of panels per image: the image and what each predictor keeps of it."""
+def parts_ap(work_dir: Path) -> np.ndarray:
+    """Return the AP (0 to 1) of boxes and masks of parts of the validation set, (2, PARTS)."""
+    scores = []
+    with redirect_stdout(None):  # pycocotools prints
+        truth = COCO(DATA / 'annotations/instances_val.json')
+        images = sorted(truth.getImgIds())
+        for kind in ('bbox', 'segm'):
+            found = truth.loadRes(str(work_dir / f'predictions/coco.{kind}.json'))
+            for part in range(PARTS):
+                evaluation = COCOeval(truth, found, kind)
+                evaluation.params.imgIds = images[part::PARTS]
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+                scores.append(evaluation.stats[0])
+    return np.array(scores).reshape(2, PARTS)
+
+
+def accuracy_rows(metrics: dict, names: dict, errors: dict) -> list[Row]:
+    """Accuracies on the validation set, and whether they differ by more than noise."""
     rows = []
-    for batch in batches:
-        with torch.no_grad():
-            model.backbone(batch['inputs'])
-        rows.append(draw_keep_maps(batch['image'], model.backbone.decisions, 0, labels))
-    Image.fromarray(np.concatenate(rows)).save(path)
-
-
-def accuracy_rows(metrics: dict, names: dict) -> list[Row]:
-    """Accuracies on the validation set."""
-    return [Row(k, metrics['dense'][v], metrics['sparse'][v]) for k, v in names.items()]
-
-
-def keep_rate_rows(metrics: dict, model: torch.nn.Module, labels: list[str]) -> list[Row]:
-    """Keep rates measured by tools/test.py over the validation set."""
-    return [
-        Row(
-            f'keep rate {label}',
-            None,
-            metrics[f'eval_keep_rate_{i}'],
-            f'target {decision.ratio:.2f}',
-        )
-        for i, (label, decision) in enumerate(zip(labels, model.backbone.decisions, strict=True))
-    ]
-
-
-def cost_rows(models: dict, batches: list[dict]) -> list[Row]:
-    """GMACs (mean over the batches) and median latency of backbone and whole model."""
-    calls = {}
-    for name, model in models.items():
-        calls['backbone', name] = lambda batch, model=model: model.backbone(batch['inputs'])
-        calls['model', name] = lambda batch, model=model: model(
-            batch['inputs'], batch['data_samples'], mode='predict'
-        )
-    gmacs = {
-        key: float(np.mean([count_macs(call, batch) for batch in batches])) / 1e9
-        for key, call in calls.items()
-    }
-    latency = compare_latency(
-        {key: over_batches(call, batches) for key, call in calls.items()}, ROUNDS
-    )
-    rows = []
-    for part in ('backbone', 'model'):
-        dense, sparse = gmacs[part, 'dense'], gmacs[part, 'sparse']
-        rows.append(Row(f'GMACs {part}', dense, sparse, f'{sparse / dense:.2f} of dense'))
-    for part in ('backbone', 'model'):
-        dense, sparse = latency[part, 'dense'].median, latency[part, 'sparse'].median
-        word = 'faster' if sparse < dense else 'slower'
-        rows.append(Row(f'latency {part} (ms)', dense, sparse, f'{dense / sparse:.2f} x, {word}'))
+    for name, key in names.items():
+        dense, sparse, noise = metrics['dense'][key], metrics['sparse'][key], 2 * errors[name]
+        verdict = 'equal within' if abs(sparse - dense) <= noise else 'differs by more than'
+        rows.append(Row(name, dense, sparse, f'{verdict} the noise, {noise:.3f}'))
     return rows
 
 
-def over_batches(call, batches: list[dict]):
-    """Return a function without arguments that goes round the batches, one per call."""
-    cycle = itertools.cycle(batches)
-    return lambda: call(next(cycle))
-
-
-def conditions(checkpoint: Path, batches: list[dict]) -> list[str]:
-    """State how the numbers came about."""
-    height, width = batches[0]['inputs'].shape[-2:]
-    iters = checkpoint.stem.removeprefix('iter_')
+def keep_rate_rows(metrics: dict, costs: dict) -> list[Row]:
+    """Keep rates measured by ``tools/test.py`` over the validation set."""
+    targets = costs['rows'][-1]['keep_ratios']
+    rates = [metrics[f'eval_keep_rate_{i}'] for i in range(len(targets))]
+    pairs = enumerate(zip(rates, targets, strict=True))
     return [
-        f'GMACs and latency: CPU, {torch.get_num_threads()} threads, float32, batch 1, '
-        f'{height} x {width} px, torch {torch.__version__}; dense and sparse alternate, '
-        f'median of {ROUNDS} calls on {len(batches)} images; predictors and gathering included.',
-        f'Accuracy: both models were fine-tuned for {iters} iterations from one dense checkpoint '
-        'with the same settings and seed; one run each, on a small generated set.',
-        'At this size calls cost as much as arithmetic; `make benchmark` times real sizes. '
-        'The heads of a detector run on as many detections as the model makes.',
+        Row(f'keep rate {i}', None, rate, f'target {target:.2f}') for i, (rate, target) in pairs
+    ]
+
+
+def cost_rows(costs: dict) -> list[Row]:
+    """GMACs and latency of backbone and whole model."""
+    rows = []
+    for key, unit in (('gmacs', 'GMACs'), ('median', 'latency (ms)')):
+        for part in ('backbone', 'whole'):
+            dense, sparse = (row[key] for row in costs['rows'] if row['part'] == part)
+            word = ', more' if sparse > dense else ''
+            if key == 'median':
+                word = ', faster' if sparse < dense else ', slower'
+            rows.append(Row(f'{unit} {part}', dense, sparse, f'{dense / sparse:.2f} x{word}'))
+    return rows
+
+
+def conditions(length: int, costs: dict, image: Path) -> list[str]:
+    """State how the numbers came about."""
+    setting = costs['setting']
+    return [
+        f'Latency: {setting["device"]}, {setting["threads"]} threads, float32, batch 1, '
+        f'{SIZE} x {SIZE} px ({image.name}), torch {setting["torch"]}; dense and sparse alternate, '
+        f'median of {ROUNDS} calls.',
+        f'Accuracy: both models were fine-tuned for {length} iterations from one dense checkpoint '
+        'with the same learning rate and seed, one run each. Noise: twice the standard error of '
+        f'the difference, from {PARTS} parts of the {NUM_VAL} validation scenes.',
+        'What each part of the model took is in benchmark/log.txt.',
     ]
 
 

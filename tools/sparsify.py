@@ -44,6 +44,13 @@ def build_parser() -> ToolParser:
         '--no-training', action='store_true', help='only what a dense checkpoint needs no training'
     )
     parser.add_argument(
+        '--length',
+        type=at_least(1),
+        metavar='N',
+        help='iterations or epochs of the fine-tuning, whichever the config counts; defaults to a '
+        'tenth of the dense schedule',
+    )
+    parser.add_argument(
         '--size',
         type=image_size,
         metavar='H or HxW',
@@ -134,8 +141,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 + (', which exists' if osp.exists(args.out) else '')
             )
         training = not args.no_training
+        if args.length and not training:
+            raise ValueError(f'--length must not be given with --no-training, got {args.length}')
         budget = parse_budget(args.budget, training)
-        draft = draft_config(args.config, args.parts, training, args.checkpoint, budget == ALL)
+        draft = draft_config(
+            args.config, args.parts, training, args.checkpoint, budget == ALL, args.length
+        )
         models = prepare(draft, args.checkpoint, args.device)
         size = args.size or default_size(draft)
         data = noise(draft, size)

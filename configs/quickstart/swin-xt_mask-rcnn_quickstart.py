@@ -131,6 +131,7 @@ train_dataloader = dict(
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=True),
+            dict(type='RandomCrop', crop_size=(320, 320)),
             dict(type='RandomFlip', prob=0.5),
             dict(type='PackDetInputs'),
         ],
@@ -148,7 +149,7 @@ val_dataloader = dict(
         test_mode=True,
         pipeline=[
             dict(type='LoadImageFromFile'),
-            dict(type='Resize', scale=(320, 224), keep_ratio=True),
+            dict(type='Resize', scale=(512, 512), keep_ratio=True),
             dict(
                 type='PackDetInputs',
                 meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..engine.distillation import RPN, SEGMENTOR, Batch, logit_heads, logit_loss, run_parts
 from ..models.calls import CallRecorder
-from ..models.decider import deciders, keep_everything
+from ..models.decider import deciders, set_keep_ratio
 from .budget_search import GRID, Table, by_part, differences, evolve, find_groups, monotone, probe
 from .dense import Pair
 from .flops import count_macs
@@ -66,7 +66,7 @@ class Divergence:
             ) from None
         self._model = model
         self._recorder = CallRecorder({name: model.get_submodule(name) for name in self._heads})
-        keep_everything(model)
+        set_keep_ratio(model, 1.0)
         self._batches = [self._prepared(data) for data in batches]
         self._targets = [self._outputs(batch) for batch in self._batches]
 

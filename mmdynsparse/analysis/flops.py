@@ -1,17 +1,18 @@
 """Multiply-adds of real forward passes, of a whole call or by module."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..models.calls import around_calls
 
@@ -67,8 +68,10 @@ class Cost(NamedTuple):
 class CostMeter:
     """Charges the multiply-adds of calls, and the parameters they use, to a model's modules.
 
-    Multiply-adds are counted as by ``count_macs``. What a module computes between the calls of
-    its submodules is charged to the module itself, so the modules add up to the whole.
+    Multiply-adds are counted as by ``count_macs``. Those with a module's weights, or with what is
+    made of these alone, are charged to that module, whoever computes them: a sparse part often
+    reads the weights of its layers. All others are charged to the module that runs. So the modules
+    add up to the whole.
 
     Args:
         model: The model, in eval mode.
@@ -80,21 +83,21 @@ class CostMeter:
         self._macs = Counter()
         self._used: set[int] = set()
         self._running = ['']
-        self._seen = 0
 
     def run(self, function: Callable[[], object]) -> None:
         """Call a function that runs the model, without gradients."""
         counter = FlopCounterMode(display=False)
-        self._seen = 0
         contexts = {
-            name: partial(self._charged, name, module, counter)
+            name: partial(self._charged, name, module)
             for name, module in self.model.named_modules()
             if name
         }
-        with torch.no_grad(), plain_attention(), around_calls(self.model, contexts):
-            with counter, _UsedParameters(self._used):
-                function()
-            self._charge(counter)
+        weights = _Weights(self.model)
+        operators = _Operators(weights, counter, self._charge)
+        modules = around_calls(self.model, contexts)
+        with torch.no_grad(), plain_attention(), modules, counter, operators:
+            function()
+        self._used |= weights.used
         self.calls += 1
 
     def cost(self, name: str = '') -> Cost:
@@ -105,33 +108,62 @@ class CostMeter:
         return Cost(sum(self._macs[n] for n in inside) / max(self.calls, 1), params)
 
     @contextmanager
-    def _charged(self, name: str, module: nn.Module, counter: FlopCounterMode) -> Iterator[None]:
-        # Some modules lend their parameters to others, which the dispatch mode sees; some give
-        # them to compiled extensions, which it does not see.
+    def _charged(self, name: str, module: nn.Module) -> Iterator[None]:
+        # Some modules give their parameters to compiled extensions, which no operator shows.
         self._used.update(id(p) for p in module.parameters(recurse=False))
-        self._charge(counter)
         self._running.append(name)
         try:
             yield
         finally:
-            self._charge(counter)
             self._running.pop()
 
-    def _charge(self, counter: FlopCounterMode) -> None:
-        """Charge what was counted since the last charge to the module that runs."""
-        total = counter.get_total_flops() // 2
-        self._macs[self._running[-1]] += total - self._seen
-        self._seen = total
+    def _charge(self, macs: int, owner: str | None) -> None:
+        self._macs[self._running[-1] if owner is None else owner] += macs
 
 
-class _UsedParameters(TorchDispatchMode):
-    """Adds the ids of the parameters that operators take to a set."""
+class _Weights:
+    """Knows which module owns a parameter, a buffer or a tensor that is made of these alone.
 
-    def __init__(self, used: set[int]) -> None:
+    Attributes:
+        used: Ids of the parameters that an operator took.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = WeakTensorKeyDictionary()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._owners[tensor] = name.rpartition('.')[0]
+        self.used: set[int] = set()
+
+    def owner(self, leaves: Sequence[Tensor]) -> str | None:
+        """Return the owner of the weight among the inputs of an operator."""
+        self.used.update(id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter))
+        return next((self._owners[x] for x in leaves if x.ndim > 1 and x in self._owners), None)
+
+    def derive(self, leaves: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Remember the outputs of an operator that took weights alone, as of the first one."""
+        if leaves and all(x in self._owners for x in leaves):
+            for output in outputs:
+                self._owners.setdefault(output, self._owners[leaves[0]])
+
+
+class _Operators(TorchDispatchMode):
+    """Tells how many multiply-adds each operator takes, and who owns its weight."""
+
+    def __init__(
+        self,
+        weights: _Weights,
+        counter: FlopCounterMode,
+        charge: Callable[[int, str | None], None],
+    ) -> None:
         super().__init__()
-        self.used = used
+        self.weights, self.counter, self.charge = weights, counter, charge
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        leaves = tree_leaves((args, kwargs))
-        self.used.update(id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter))
-        return func(*args, **(kwargs or {}))
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        owner = self.weights.owner(leaves)
+        before = self.counter.get_total_flops()
+        outputs = func(*args, **(kwargs or {}))
+        if macs := (self.counter.get_total_flops() - before) // 2:
+            self.charge(macs, owner)
+        self.weights.derive(leaves, [x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
+        return outputs

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..engine import distillation
 from ..engine.hooks.sparsity_hook import sparsity_losses
 from ..models.calls import CallRecorder
-from ..models.decider import deciders, keep_everything
+from ..models.decider import deciders, set_keep_ratio
 from .dense import Pair
 from .latency import compare_latency
 
@@ -85,7 +85,7 @@ def sampled_rois(model: nn.Module, batch: dict) -> Tensor:
 
 def teacher_step(model: nn.Module, batch: dict, rois: Tensor | None) -> Callable[[], None]:
     """Return a function that runs a model as ``DistillationHook`` runs its teacher."""
-    keep_everything(model)
+    set_keep_ratio(model, 1.0)
     model.eval()
     images = model.data_preprocessor(deepcopy(batch), True)['inputs']
     heads = (distillation.SEGMENTOR, distillation.RPN)

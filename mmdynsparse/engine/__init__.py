@@ -4,6 +4,7 @@ from .hooks import (
     DenseSparseSchedule,
     DistillationHook,
     FreezePretrained,
+    KeepMapHook,
     SinglePathSearchHook,
     SparsityHook,
 )
@@ -17,6 +18,7 @@ __all__ = [
     'FSDPStrategy',
     'FineTuneOptimWrapperConstructor',
     'FreezePretrained',
+    'KeepMapHook',
     'MultiBudgetTestLoop',
     'MultiBudgetValLoop',
     'SinglePathSearchHook',

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..models.decider import keep_everything
+from ..models.decider import set_keep_ratio
 from ..utils.checkpoints import check_checkpoint, check_weights, is_new, read_checkpoint
 from .runs import bare_model, warn
 
@@ -43,7 +43,7 @@ def load_teacher(config: str | Mapping, checkpoint: str) -> tuple[nn.Module, Seq
     # The student starts from the same random weights with and without a teacher.
     with torch.random.fork_rng(devices=[]):
         model = MODELS.build(model_cfg)
-    keep_everything(model)
+    set_keep_ratio(model, 1.0)
     check_weights(model, loaded.get('state_dict', loaded), checkpoint)
     meta = loaded.get('meta', {})
     meta = meta | (meta.get('dataset_meta') or {})
@@ -76,7 +76,7 @@ def copy_student(
     teacher = deepcopy(student, {id(h): OrderedDict() for h in hooks})
     for module in teacher.modules():
         vars(module).pop('forward', None)  # bound to the student, by mmengine's checkpointing
-    keep_everything(teacher)
+    set_keep_ratio(teacher, 1.0)
     path = osp.join(runner.work_dir, COPY_NAME)
     if runner.iter > 0:
         if not osp.isfile(path):

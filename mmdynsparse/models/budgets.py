@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .decider import deciders
+from .decider import deciders, set_keep_ratio
 
 
 def set_budget(model: nn.Module, budget: str | float) -> None:
@@ -39,8 +39,7 @@ def set_budget(model: nn.Module, budget: str | float) -> None:
     else:
         known = ', '.join(names) or 'none: name a file of search_budgets.py, FILE.json:NAME'
         raise ValueError(f'budget must be 1.0 or one that the model has ({known}), got {budget}')
-    for part, decider in parts.items():
-        decider.set_keep_ratio(ratios[part])
+    set_keep_ratio(model, ratios)
 
 
 def budgets(model: nn.Module) -> dict[str, dict[str, list[float]]]:

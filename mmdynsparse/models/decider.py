@@ -328,10 +328,32 @@ def keep_ratios(model: nn.Module) -> list[float]:
     return [ratio for decider in deciders(model).values() for ratio in decider.keep_ratios]
 
 
-def keep_everything(model: nn.Module) -> None:
-    """Set all keep ratios of a model to 1."""
-    for decider in deciders(model).values():
-        decider.set_keep_ratio(1.0)
+def set_keep_ratio(
+    model: nn.Module, keep_ratio: float | Mapping[str, float | Sequence[float]]
+) -> None:
+    """Change the keep ratios of a built model.
+
+    Args:
+        model: The model, which is not changed if a ratio is not valid.
+        keep_ratio: A number in (0, 1] for all sparse parts, 1.0 is the dense model; or what
+            :meth:`Decider.check` takes by the name of each part that changes, such as
+            ``dict(backbone=0.7, decode_head=0.3)``.
+
+    Raises:
+        ValueError: If the model has no sparse part and shall not keep everything, or none of a
+            name, or a ratio is not valid.
+    """
+    parts = deciders(model)
+    if not parts and keep_ratio != 1:
+        raise ValueError(
+            f'keep_ratio needs a model with a sparse part, got a {type(model).__name__}'
+        )
+    ratios = keep_ratio if isinstance(keep_ratio, Mapping) else dict.fromkeys(parts, keep_ratio)
+    if unknown := sorted(set(ratios) - set(parts)):
+        raise ValueError(f'keep_ratio must be of the sparse parts {list(parts)}, got {unknown}')
+    checked = {name: parts[name].check(ratio) for name, ratio in ratios.items()}
+    for name, ratio in checked.items():
+        parts[name].keep_ratios = ratio
 
 
 def build_part(cfg: dict, embed_dims: int) -> nn.Module:

@@ -72,6 +72,7 @@ def draft_config(
     training: bool = True,
     checkpoint: str | None = None,
     joint: bool = False,
+    length: int | None = None,
 ) -> Draft:
     """Make the sparse form of a config of mmseg or mmdet.
 
@@ -82,6 +83,8 @@ def draft_config(
             True.
         checkpoint: Dense checkpoint to start from. Defaults to None, which the user adds.
         joint: Whether the recipe trains for every keep ratio. Defaults to False.
+        length: Iterations or epochs of the recipe, whichever the config counts. Defaults to None,
+            a tenth of the dense schedule.
 
     Raises:
         ValueError: If the config cannot be read or is of no model, its library is missing, or no
@@ -100,7 +103,7 @@ def draft_config(
     draft = Draft(path, cfg, scope, found, changes)
     sparse = MODELS.build(_without_weights(draft.model_cfg))
     if training and any(decider.learns for decider in deciders(sparse).values()):
-        changes |= fine_tuning(cfg, sparse, joint)
+        changes |= fine_tuning(cfg, sparse, joint, length)
     if checkpoint is not None:
         changes['load_from'] = _absolute(checkpoint)
     return draft

@@ -25,21 +25,28 @@ LENGTHS = ('begin', 'end', 'T_max', 'step_size', 'switch_epoch', 'num_last_epoch
 JOINT = (0.45, 0.9)
 
 
-def fine_tuning(cfg: Mapping, model: nn.Module, joint: bool = False) -> dict:
+def fine_tuning(
+    cfg: Mapping, model: nn.Module, joint: bool = False, length: int | None = None
+) -> dict:
     """Return what a config changes to fine-tune its model, which has become sparse.
 
     Args:
         cfg: The dense config. It is not changed.
         model: The sparse model.
         joint: Whether it is trained for every keep ratio. Defaults to False.
+        length: Iterations or epochs, whichever the config counts. Defaults to None, a tenth of
+            the dense schedule.
 
     Raises:
         ValueError: If the config has no training of a length that it states.
     """
+    unit, dense_length = _length(cfg)
+    length = length or math.ceil(dense_length * LENGTH)
+    share = length / dense_length
     return dict(
-        **_schedule(cfg),
+        **_schedule(cfg, unit, length, share),
         optim_wrapper=_optim_wrapper(cfg),
-        custom_hooks=[*_own_hooks(cfg), *_sparse_hooks(model, joint)],
+        custom_hooks=[*_own_hooks(cfg, share), *_sparse_hooks(model, joint)],
     )
 
 
@@ -91,8 +98,8 @@ def _optim_wrapper(cfg: Mapping) -> dict:
     )
 
 
-def _schedule(cfg: Mapping) -> dict:
-    """Shorten the loop, the learning rate schedule and the interval of checkpoints."""
+def _length(cfg: Mapping) -> tuple[str, int]:
+    """Return the unit and the length of a config's training."""
     loop = cfg.get('train_cfg') or {}
     unit = 'max_iters' if loop.get('max_iters') else 'max_epochs'
     if not loop.get(unit):
@@ -100,8 +107,12 @@ def _schedule(cfg: Mapping) -> dict:
             'config must have train_cfg with max_iters or max_epochs to be fine-tuned (or give '
             f'--no-training), got train_cfg {dict(loop)}'
         )
-    length = math.ceil(loop[unit] * LENGTH)
-    share = length / loop[unit]
+    return unit, loop[unit]
+
+
+def _schedule(cfg: Mapping, unit: str, length: int, share: float) -> dict:
+    """Shorten the loop, the learning rate schedule and the interval of checkpoints."""
+    loop = cfg['train_cfg']
     changed = {unit: length, **_shortened(loop, share)}
     interval = min(_scaled(loop.get('val_interval', 1), share), length)
     changed['val_interval'] = interval
@@ -118,9 +129,8 @@ def _schedule(cfg: Mapping) -> dict:
     return changes
 
 
-def _own_hooks(cfg: Mapping) -> list[dict]:
+def _own_hooks(cfg: Mapping, share: float) -> list[dict]:
     """Return the config's own hooks, at the times that they have in the shorter training."""
-    share = LENGTH
     return [hook | _shortened(hook, share) for hook in deepcopy(cfg.get('custom_hooks') or [])]
 
 

@@ -16,6 +16,22 @@ GAP = 4  # px between panels
 TINT = (40, 80, 200)  # RGB that dropped locations are mixed with, in equal parts
 
 
+def check_drawable(model: nn.Module) -> None:
+    """Check that a model's decisions are about whole images.
+
+    Raises:
+        ValueError: If it is not sparse, or tested in windows.
+    """
+    if not deciders(model):
+        raise ValueError(f'keep maps need a sparse part, got a {type(model).__name__} without one')
+    mode = (getattr(model, 'test_cfg', None) or {}).get('mode')
+    if mode == 'slide':
+        raise ValueError(
+            "model.test_cfg.mode must be 'whole' for keep maps, because decisions of windows are "
+            "not about the image, got 'slide'"
+        )
+
+
 def keep_map_row(model: nn.Module, batch: dict, scale: float = 1.0) -> np.ndarray:
     """Draw the image that a model has just seen with what each of its sparse parts keeps.
 
@@ -26,7 +42,11 @@ def keep_map_row(model: nn.Module, batch: dict, scale: float = 1.0) -> np.ndarra
 
     Returns:
         (H', W', 3) uint8 RGB, see :func:`draw_keep_maps`.
+
+    Raises:
+        ValueError: As of :func:`check_drawable`.
     """
+    check_drawable(model)
     image = batch['inputs'][0].numpy()[::-1].transpose(1, 2, 0)  # OpenMMLab loads BGR
     height, width = model.data_preprocessor(batch)['inputs'].shape[2:]
     padding = (0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)

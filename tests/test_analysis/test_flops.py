@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdynsparse.analysis import CostMeter, count_macs
 from mmdynsparse.layers import LocalGlobalPredictor
 from mmdynsparse.models import SparseSwinTransformer, SparseVisionTransformer
+from mmdynsparse.models.decode_heads import SparseUPerHead
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_modules_add_up_and_only_what_runs_counts():
         meter.run(lambda rows=rows: model(torch.zeros(rows, 4)))
     assert meter.cost('block') == meter.cost('block.inner') == (3 * 4 * 6, 4 * 6 + 6)
     assert meter.cost('block.idle') == (0, 0)
-    assert meter.cost('lent') == (0, 12)
+    assert meter.cost('lent') == (3 * 6 * 2, 12)
     assert meter.cost() == (3 * (4 * 6 + 6 * 2), 30 + 12)
     assert 'forward' not in model.lent.__dict__
 
@@ -174,3 +175,25 @@ def test_executed_parameters_of_a_sparse_backbone():
     assert idle
     unused = sum(model.get_parameter(name).numel() for name in idle)
     assert dense.cost().params == everything - unused
+
+
+@pytest.mark.parametrize('predictor', [None, dict(type='mmdynsparse.CellPredictor')])
+def test_a_sparse_head_books_convolutions_on_their_layers(predictor):
+    sparsity = dict(keep_ratio=0.3, predictor=predictor)
+    head = SparseUPerHead(
+        in_channels=[8, 16, 24, 32],
+        in_index=[0, 1, 2, 3],
+        channels=16,
+        num_classes=3,
+        norm_cfg=dict(type='BN'),
+        align_corners=False,
+        sparsity=sparsity,
+    ).eval()
+    maps = [torch.randn(1, c, s, s) for c, s in zip((8, 16, 24, 32), (64, 32, 16, 8), strict=True)]
+    meter = CostMeter(head)
+    meter.run(lambda: head(maps))
+    layers = [name for name, _ in head.named_children()]
+    assert sum(meter.cost(name).macs for name in layers) == meter.cost().macs > 0
+    light = 2 * 32 * 32 * 16 * 16 * 9  # stride 8: the first level, and its share of the fusion
+    assert meter.cost('fpn_bottleneck').macs > light
+    assert meter.cost('lateral_convs.0').macs > 0

@@ -83,7 +83,7 @@ def test_all_classes_occur_and_sizes_differ(tmp_path):
     found = [np.unique(np.asarray(Image.open(path))) for path in root.glob('annotations/train/*')]
     assert set(np.concatenate(found)) >= set(range(len(CLASSES)))
     sides = [max(a['bbox'][2:]) for a in load_coco(root, 'train')['annotations']]
-    assert min(sides) <= 10
+    assert min(sides) <= 16
     assert max(sides) >= 60
 
 

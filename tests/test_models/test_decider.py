@@ -5,9 +5,10 @@ from copy import deepcopy
 import pytest
 import torch
 
+import mmdynsparse
 from mmdynsparse.engine.hooks.sparsity_hook import KeepRateMeter
 from mmdynsparse.models import decider as decider_module
-from mmdynsparse.models.decider import Decider, deciders, keep_everything, keep_ratios
+from mmdynsparse.models.decider import Decider, deciders, keep_ratios, set_keep_ratio
 from mmdynsparse.models.features import Features
 from mmdynsparse.models.sparsity import CellSparsity
 from mmdynsparse.ops import Decision, cell_grid, keep_all
@@ -133,8 +134,22 @@ def test_finds_the_sparse_parts_of_a_model():
     model.neck.decider, model.head.decider = build(), Decider(None)
     assert deciders(model) == dict(neck=model.neck.decider)
     assert keep_ratios(model) == [0.5]
-    keep_everything(model)
-    assert keep_ratios(model) == [1.0]
+
+
+def test_keep_ratio_of_a_whole_model():
+    model = torch.nn.ModuleDict(dict(neck=torch.nn.Module(), head=torch.nn.Module()))
+    model.neck.decider, model.head.decider = build(), build()
+    mmdynsparse.set_keep_ratio(model, 1.0)
+    assert keep_ratios(model) == [1.0, 1.0]
+    set_keep_ratio(model, dict(head=0.3))
+    assert keep_ratios(model) == [1.0, 0.3]
+    for wrong in (0.0, 1.5, dict(neck=0.5, head=2), dict(neck=0.5, tail=0.5)):
+        with pytest.raises(ValueError, match='keep_ratio'):
+            set_keep_ratio(model, wrong)
+        assert keep_ratios(model) == [1.0, 0.3]
+    set_keep_ratio(torch.nn.Linear(1, 1), 1.0)  # it keeps everything already
+    with pytest.raises(ValueError, match='needs a model with a sparse part, got a Linear'):
+        set_keep_ratio(torch.nn.Linear(1, 1), 0.5)
 
 
 def test_copies_forget_the_decision():

@@ -50,6 +50,21 @@ def test_a_tenth_of_the_schedule(model: nn.Module) -> None:
     assert cfg['custom_hooks'][0]['switch_epoch'] == 30
 
 
+def test_another_length(model: nn.Module) -> None:
+    cfg = dict(
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=1500, val_interval=500),
+        param_scheduler=[
+            dict(type='LinearLR', by_epoch=False, begin=0, end=150),
+            dict(type='PolyLR', by_epoch=False, begin=150, end=1500),
+        ],
+        custom_hooks=[dict(type='EMAHook', begin=750)],
+    )
+    changes = fine_tuning(cfg, model, length=200)
+    assert changes['train_cfg'] == dict(max_iters=200, val_interval=67)
+    assert [(s['begin'], s['end']) for s in changes['param_scheduler']] == [(0, 20), (20, 200)]
+    assert changes['custom_hooks'][0]['begin'] == 100
+
+
 def test_schedulers_end_with_the_training(model: nn.Module) -> None:
     """Of YOLOX: warm-up, cosine and the last epochs."""
     schedulers = [

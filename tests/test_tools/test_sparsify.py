@@ -165,4 +165,6 @@ def test_bad_input(fails: Callable, write_config: Callable, tmp_path: Path) -> N
     new = tmp_path / 'new.py'
     assert "--budget must be in (0, 1] or 'all'" in fails(TOOL, config, '-o', new, '--budget', '2')
     assert 'existing checkpoint' in fails(TOOL, config, 'none.pth', '-o', new, *FAST)
+    line = fails(TOOL, config, '-o', new, '--no-training', '--length', '9', *FAST)
+    assert '--length must not be given with --no-training, got 9' in line
     assert not new.exists()

@@ -13,12 +13,11 @@ from torch import nn
 
 from mmdynsparse.analysis.images import dataset_batches, file_batches, find_images
 from mmdynsparse.analysis.models import load_weights
-from mmdynsparse.models.decider import deciders
 from mmdynsparse.utils.command_line.arguments import AnalysisParser, at_least, check_device
 from mmdynsparse.utils.command_line.data_checks import check_data
 from mmdynsparse.utils.command_line.errors import one_line_errors
 from mmdynsparse.utils.command_line.launch import load_config
-from mmdynsparse.visualization import keep_map_row
+from mmdynsparse.visualization import check_drawable, keep_map_row
 
 
 def build_parser() -> AnalysisParser:
@@ -40,14 +39,13 @@ def load_model(args: argparse.Namespace, cfg: Config) -> nn.Module:
     """Builds the model with its weights; what a dense checkpoint lacks stays random.
 
     Raises:
-        ValueError: If nothing of the model is sparse, or the device or the checkpoint cannot be
+        ValueError: If nothing of the model can be drawn, or the device or the checkpoint cannot be
             used.
     """
     device = check_device(args.device)
     torch.manual_seed(args.seed)
     model = MODELS.build(cfg.model)
-    if not deciders(model):
-        raise ValueError(f'config must have a sparse part, got none in {args.config}')
+    check_drawable(model)
     if args.checkpoint:
         load_weights(model, args.checkpoint)
     return model.to(device).eval()

@@ -3,6 +3,7 @@
 from .distillation_hook import DistillationHook
 from .freeze_hook import FreezePretrained
 from .joint_hook import DenseSparseSchedule
+from .keep_map_hook import KeepMapHook
 from .single_path_hook import SinglePathSearchHook
 from .sparsity_hook import SparsityHook
 
@@ -10,6 +11,7 @@ __all__ = [
     'DenseSparseSchedule',
     'DistillationHook',
     'FreezePretrained',
+    'KeepMapHook',
     'SinglePathSearchHook',
     'SparsityHook',
 ]

@@ -11,7 +11,7 @@ from mmengine.model import BaseModel, MMDistributedDataParallel
 
 from mmdynsparse.engine import DenseSparseSchedule
 from mmdynsparse.models import SparseSwinTransformer, SparseVisionTransformer
-from mmdynsparse.models.decider import deciders, keep_everything
+from mmdynsparse.models.decider import deciders, set_keep_ratio
 
 
 class Watch(Hook):
@@ -89,7 +89,7 @@ def test_a_dense_update_is_the_dense_model(training, randomize):
     """Its loss is that of a model that keeps everything, and predictors get no gradient."""
     model = randomize(training(iters=1).model.cpu(), std=0.05).train()
     images = torch.randn(2, 3, 64, 64)
-    keep_everything(model)
+    set_keep_ratio(model, 1.0)
     model.backbone.decider.serves_all = True
     loss = model(images, mode='loss')['loss_task']
     loss.backward()
