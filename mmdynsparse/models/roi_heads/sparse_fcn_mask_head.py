@@ -17,6 +17,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...layers.cell_conv import channels_last
+from ...layers.conv_module import conv_module
 from ...layers.plain import is_plain
 from ...ops import Plan, linear, plain_inference, put_rows, region
 from ...registry import MODELS
@@ -152,7 +153,7 @@ class SparseFCNMaskHead(FCNMaskHead):
 
     def _convs(self, x: Tensor) -> Tensor:
         for conv in self.convs:
-            x = conv(x)
+            x = conv_module(conv, x)
         return x
 
     def _light(self, x: Tensor) -> Tensor:
