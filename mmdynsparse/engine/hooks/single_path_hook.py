@@ -68,7 +68,8 @@ class SinglePathSearchHook(Hook):
         unit: 'macs', or 'ms' for time measured on this device. Defaults to 'macs'.
         stop_within: Largest deviation from the target at which the search stops, as a share of the
             target, in [0, 1). Defaults to 0.02.
-        patience: Number of checks in a row that find it so, >= 1. Defaults to 3.
+        patience: Number of checks in a row that find it so, once T is the target, >= 1. Defaults
+            to 3.
         interval: Iterations between checks, >= 1. Defaults to 50.
         ramp: Share of the training in which T falls, linearly, in [0, 1]. Defaults to 0.6; 0 is the
             published search.
@@ -145,7 +146,8 @@ class SinglePathSearchHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Set what changes: the goal, the gates' learning rate and the random numbers."""
         progress = runner.iter / (self.ramp * runner.max_iters) if self.ramp else 1.0
-        self._goal_now = self._dense + (self._goal - self._dense) * min(progress, 1.0)
+        fallen = min(progress, 1.0)
+        self._goal_now = (1 - fallen) * self._dense + fallen * self._goal
         for group in self._groups:
             group['lr'] = self.gate_lr
         rank, _ = get_dist_info()
@@ -159,7 +161,8 @@ class SinglePathSearchHook(Hook):
         if not self.every_n_train_iters(runner, self.interval):
             return
         cost = self._cost()
-        self._hits = self._hits + 1 if self._is_near(cost) else 0
+        arrived = self._goal_now == self._goal
+        self._hits = self._hits + 1 if arrived and self._is_near(cost) else 0
         mixers, _ = architecture(self._blocks)
         text = f'{as_string(mixers)}  {cost / self._dense:.4f} of the dense cost'
         print_log(f'Architecture: {text}', logger='current')
