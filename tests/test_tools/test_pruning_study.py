@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmdynsparse.analysis import architecture_macs
+from mmdynsparse.utils.checkpoints import Pruned, prune_state_dict
 
 DENSE = """
 model['backbone']['sparsity'] = None
@@ -48,44 +49,44 @@ def args(write_config: Callable, tmp_path: Path) -> SimpleNamespace:
     return SimpleNamespace(**configs, start=tmp_path / 'dense.pth', out=tmp_path / 'out', iters=2)
 
 
+def control(study: ModuleType, args: SimpleNamespace, name: str, seed: int = 0) -> Pruned:
+    """What is pruned for a control of 0.7 of the dense multiply-adds."""
+    path = args.out / 'control.pth'
+    study.write_control(study.Variant(name, 0.7), args, seed, path)
+    return prune_state_dict(torch.load(path)['state_dict'], alpha=100.0)
+
+
 @pytest.mark.parametrize('name', ['uniform', 'random'])
 def test_controls_cost_as_much(name: str, study: ModuleType, args: SimpleNamespace) -> None:
     """They have the dense weights; uniform ones have the units with the largest norms."""
-    variant = study.Variant(name, 0.7)
-    cfg = Config.fromfile(study.pruned(variant, args, seed=0))
-    pruning = cfg.model.backbone.pruning
-    size = (64, 64)
-    dense = architecture_macs({**cfg.model.backbone, 'pruning': None}, size)
-    assert architecture_macs(cfg.model.backbone, size) == pytest.approx(0.7 * dense, rel=0.01)
-    state = torch.load(args.out / f'{variant.key}_seed-0_pruned' / 'pruned.pth')['state_dict']
+    state, mixers, hidden = control(study, args, name)
+    backbone, size = Config.fromfile(args.finetune).model.backbone, (64, 64)
+    pruned = dict(backbone, pruning=dict(mixers=mixers, hidden=hidden))
+    dense = architecture_macs(backbone, size)
+    assert architecture_macs(pruned, size) == pytest.approx(0.7 * dense, rel=0.01)
     start = torch.load(args.start)['state_dict']
     key = 'backbone.stages.2.blocks.1.ffn.layers.{}.weight'
     first, rows = start[key.format('0.0')], state[key.format('0.0')]
     norms = first.norm(dim=1) * start[key.format(1)].norm(dim=0)
     kept = torch.stack([(first == row).all(1) for row in rows]).any(0)
     assert kept.sum() == len(rows) < len(first)
-    mixers = {mixer for stage in pruning.mixers for mixer in stage}
-    is_uniform = mixers == {'msa'} and norms[kept].min() > norms[~kept].max()
+    is_uniform = {mixer for stage in mixers for mixer in stage} == {'msa'}
+    is_uniform &= bool(norms[kept].min() > norms[~kept].max())
     assert is_uniform == (name == 'uniform')
     if is_uniform:
         widths = 48 * torch.tensor([1, 2, 4, 4, 8])
-        shares = torch.tensor([units for stage in pruning.hidden for units in stage]) / widths
+        shares = torch.tensor([units for stage in hidden for units in stage]) / widths
         assert shares.max() - shares.min() < 0.05
 
 
 def test_random_controls_differ_by_seed(study: ModuleType, args: SimpleNamespace) -> None:
-    variant = study.Variant('random', 0.7)
-    first, again, other = (
-        Config.fromfile(study.pruned(variant, SimpleNamespace(**{**vars(args), 'out': out}), seed))
-        for out, seed in ((args.out, 0), (args.out / 'again', 0), (args.out, 1))
-    )
-    hidden = [cfg.model.backbone.pruning.hidden for cfg in (first, again, other)]
-    assert hidden[0] == hidden[1] != hidden[2]
+    first, again, other = (control(study, args, 'random', seed).hidden for seed in (0, 0, 1))
+    assert first == again != other
 
 
 def test_a_target_that_a_control_cannot_reach(study: ModuleType, args: SimpleNamespace) -> None:
     with pytest.raises(SystemExit, match=r'--targets must be within reach of random .* got 0.01'):
-        study.pruned(study.Variant('random', 0.01), args, seed=0)
+        study.write_control(study.Variant('random', 0.01), args, 0, args.out / 'control.pth')
 
 
 @pytest.mark.slow

@@ -226,7 +226,7 @@ def test_a_search_that_is_too_short_ends_at_its_target(training, tmp_path):
     assert done.log[-1]['cost_share'] > 0.8
     found = json.loads((tmp_path / 'run' / 'architecture.json').read_text())
     assert found['share'] == pytest.approx(0.5, rel=0.02)
-    state = torch.load(tmp_path / 'run' / 'searched.pth')['state_dict']
+    state = torch.load(tmp_path / 'run' / 'searched.pth', weights_only=False)['state_dict']
     for name, value in done.model.state_dict().items():
         assert torch.equal(state[name], value), name
     last = torch.load(tmp_path / 'run' / 'iter_4.pth', weights_only=False)['state_dict']
