@@ -157,6 +157,8 @@ def run_variant(variant: Variant, args: argparse.Namespace, seed: int) -> dict:
     row = dict(variant=variant.name, target=variant.target, seed=seed, config=args.finetune.name)
     row |= dict(training_summary(work_dir), **cost(cfg, args))
     row['metrics'] = {METRICS[k]: v for k, v in metrics.items() if k in METRICS}
+    if variant.name in (SEARCHED, CONTINUED):
+        row['search'] = search_summary(searched(variant.target, args, seed))
     return row | dict(minutes=round((time.time() - begin) / 60, 1))
 
 
@@ -186,6 +188,16 @@ def searched(target: float, args: argparse.Namespace, seed: int) -> Path:
         search_hook(cfg).target = target
         train(cfg, work_dir, args.iters, seed)
     return work_dir / 'searched.pth'
+
+
+def search_summary(checkpoint: Path) -> dict:
+    """Where a search ended, and the share of the dense cost at each line of its log."""
+    work_dir = checkpoint.parent
+    found = json.loads((work_dir / 'architecture.json').read_text())
+    path = max(work_dir.glob('*/vis_data/scalars.json'))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    shares = {line['step']: round(line['cost_share'], 4) for line in lines if 'cost_share' in line}
+    return dict(iters=found['iteration'], share=found['share'], shares=shares)
 
 
 def search_hook(cfg: Config) -> dict:

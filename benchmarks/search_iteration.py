@@ -21,12 +21,15 @@ from mmengine.runner import Runner
 from mmdynsparse.analysis import compare_latency
 from mmdynsparse.analysis.environment import environment
 from mmdynsparse.analysis.report import print_setting, print_table, write_json
+from mmdynsparse.utils.command_line.cpu import adapt_to_cpu
 
 
 def main() -> None:
     """Time both, print the table and write it as JSON."""
     args = parse_args()
     cfg = Config.fromfile(args.config)
+    cfg.launcher = 'none'
+    adapt_to_cpu(cfg)
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))

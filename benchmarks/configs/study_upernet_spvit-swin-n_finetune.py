@@ -14,4 +14,5 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=20),
     dict(type='PolyLR', eta_min=1e-6, power=1.0, by_epoch=False, begin=20, end=200),
 ]
+train_dataloader = dict(batch_size=4)
 train_cfg = dict(max_iters=200)

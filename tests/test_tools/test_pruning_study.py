@@ -101,6 +101,8 @@ def test_runs_and_reports(study: ModuleType, args: SimpleNamespace, tmp_path: Pa
     for name in ('searched', 'uniform'):
         assert rows[name]['share'] == pytest.approx(0.7, rel=0.02)
         assert rows[name]['iters'] == 2 and 0 <= rows[name]['metrics']['mIoU'] <= 100
+    found = rows['searched']['search']
+    assert found['share'] == pytest.approx(rows['searched']['share'], rel=1e-4)
     assert rows['searched, sparse']['hidden'] == rows['searched']['hidden']
     text = (report / 'study.md').read_text()
     assert text.index('dense, fine-tuned') < text.index('searched') < text.index('uniform')

@@ -107,7 +107,7 @@ def test_hard_labels_of_a_teacher(start, tiny):
     perturb(model)
     out = {}
     for key, part in dict(student=model, teacher=hook._teacher).items():
-        part.decode_head.register_forward_hook(
+        part.decode_head.conv_seg.register_forward_hook(
             lambda m, args, logits, key=key: out.__setitem__(key, logits.detach())
         )
     losses = distilled(losses_of(tiny, model, 'seg', indices=(0, 2), ignored=0))
