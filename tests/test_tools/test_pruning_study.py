@@ -16,6 +16,7 @@ from mmdynsparse.utils.checkpoints import Pruned, prune_state_dict
 DENSE = """
 model['backbone']['sparsity'] = None
 param_scheduler = [dict(type='PolyLR', by_epoch=False, end=2)]
+custom_hooks = []
 """
 SEARCH = """
 model['backbone']['pruning'] = dict(search=True)
