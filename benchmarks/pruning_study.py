@@ -89,7 +89,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument('--targets', type=float, nargs='+', default=[0.75, 0.5])
     run.add_argument('--seeds', type=int, nargs='+', default=[0])
     run.add_argument('--variants', nargs='+', help='only those whose key starts so: searched-0.5')
-    run.add_argument('--iters', type=int, help="length of each; defaults to the configs'")
+    run.add_argument(
+        '--iters', type=int, help="length of each fine-tuning; defaults to the configs'"
+    )
     summary = steps.add_parser('report', help='table of what has been run')
     summary.add_argument('--study', type=Path, required=True, help='folder of a study')
     for step in (run, summary):
@@ -186,7 +188,7 @@ def searched(target: float, args: argparse.Namespace, seed: int) -> Path:
         cfg = load_config(args.search)
         cfg.load_from = str(args.start)
         search_hook(cfg).target = target
-        train(cfg, work_dir, args.iters, seed)
+        train(cfg, work_dir, None, seed)
     return work_dir / 'searched.pth'
 
 
