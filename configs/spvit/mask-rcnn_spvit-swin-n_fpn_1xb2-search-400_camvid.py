@@ -12,7 +12,7 @@ custom_hooks = [
     dict(
         type='mmdynsparse.SinglePathSearchHook',
         target=0.75,
-        gate_lr=2e-2,
+        gate_lr=5e-2,
         interval=10,
         shape=(360, 480),
     )

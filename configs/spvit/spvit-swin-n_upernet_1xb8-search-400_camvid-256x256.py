@@ -9,5 +9,5 @@ train_cfg = dict(max_iters=400, val_interval=400)
 default_hooks = dict(checkpoint=dict(interval=400))
 optim_wrapper = dict(constructor='mmdynsparse.FineTuneOptimWrapperConstructor')
 custom_hooks = [
-    dict(type='mmdynsparse.SinglePathSearchHook', target=0.75, gate_lr=2e-2, interval=10)
+    dict(type='mmdynsparse.SinglePathSearchHook', target=0.75, gate_lr=5e-2, interval=10)
 ]

@@ -153,9 +153,15 @@ def build_graph(
         part: 'whole', or 'backbone' for the backbone alone. Defaults to 'whole'.
 
     Raises:
-        ValueError: If a sparse part's selector has no static shapes, or the model has no part
-            that can be exported.
+        ValueError: If a sparse part's selector has no static shapes, the backbone's gates are
+            still searching, or the model has no part that can be exported.
     """
+    pruning = getattr(getattr(model, 'backbone', None), 'pruning', None)
+    if pruning is not None and pruning.search:
+        raise ValueError(
+            'model must be pruned before it is exported (tools/model_converters/'
+            'prune_checkpoint.py), got a backbone with pruning.search=True'
+        )
     for name, decider in deciders(model).items():
         selector = decider.sparsity.selector
         if selector != 'topk':

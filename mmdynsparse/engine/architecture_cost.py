@@ -128,6 +128,64 @@ def lowest_cost(blocks: Sequence[GatedBlock], table: CostTable) -> float:
     return table.rest + sum(min(s.mixers.values()) + s.ffn + s.unit for s in stages)
 
 
+@torch.no_grad()
+def spread_units(blocks: Sequence[GatedBlock], width: float) -> None:
+    """Give the hidden units of each FFN different logits, in the order of their norms.
+
+    The norm of a unit is that of its row of the first layer times that of its column of the second
+    one. The logits become evenly spaced around their mean, from ``width`` below to ``width`` above.
+    FFNs whose logits already differ, as after a search, stay.
+
+    Args:
+        blocks: From ``gated_blocks``.
+        width: Largest distance from the mean.
+    """
+    for block in blocks:
+        logits, ((fc, *_), last, *_) = block.ffn.gate_logits, block.ffn.layers
+        if (logits == logits[0]).all():
+            norms = fc.weight.norm(dim=1) * last.weight.norm(dim=0)
+            places = torch.linspace(-width, width, len(norms)).to(logits)
+            logits[norms.argsort()] += places
+
+
+@torch.no_grad()
+def meet_cost(blocks: Sequence[GatedBlock], table: CostTable, goal: float) -> float:
+    """Shift all gate logits by one number, so that the architecture costs what is wanted.
+
+    The order of the gates stays. Where a single attention is too large a step, only the hidden
+    units are shifted for the rest.
+
+    Args:
+        blocks: From ``gated_blocks``.
+        table: Costs.
+        goal: The cost, in the unit of the table, between ``lowest_cost`` and ``dense_cost``.
+
+    Returns:
+        The cost that is reached. It differs where many gates have the same logit.
+    """
+    mixers, units = ([getattr(b, part).gate_logits for b in blocks] for part in ('mixer', 'ffn'))
+    for logits in ([*mixers, *units], units):
+        _shift(logits, lambda: float(cost_of_gates(blocks, table)), goal)
+    return float(cost_of_gates(blocks, table))
+
+
+def _shift(logits: Sequence[Tensor], cost: Callable[[], float], goal: float) -> None:
+    """Shift logits by the number, of those where the cost crosses a goal, that comes nearest."""
+    starts = [x.clone() for x in logits]
+
+    def cost_at(shift: float) -> float:
+        for x, start in zip(logits, starts, strict=True):
+            x.copy_(start + shift)
+        return cost()
+
+    reach = 1 + max(float(x.abs().max()) for x in starts)
+    low, high = -reach, reach  # all closed, all open
+    while high - low > 1e-6 * reach:
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost_at(middle) < goal else (low, middle)
+    cost_at(min((low, high), key=lambda shift: abs(cost_at(shift) - goal)))
+
+
 def architecture(blocks: Sequence[GatedBlock]) -> tuple[list[list[str]], list[list[int]]]:
     """Return ``mixers`` and ``hidden`` of the architecture that the gates choose."""
     mixers, hidden = {}, {}

@@ -151,7 +151,13 @@ def logit_heads(model: nn.Module) -> list[str]:
 
 
 def logit_loss(
-    name: str, head: nn.Module, student: object, teacher: object, batch: Batch, temperature: float
+    name: str,
+    head: nn.Module,
+    student: object,
+    teacher: object,
+    batch: Batch,
+    temperature: float = 1.0,
+    hard: bool = False,
 ) -> Tensor:
     """Divergence of the logits of pixels, anchors or regions; see ``kl_divergence``.
 
@@ -163,7 +169,8 @@ def logit_loss(
         student: What it returned.
         teacher: The same of the teacher.
         batch: What both looked at.
-        temperature: Divides the logits, > 0.
+        temperature: Divides the logits, > 0. Defaults to 1.
+        hard: Whether the teacher's most likely class is a label. Defaults to False.
 
     Raises:
         ValueError: If the head returned no map of logits, or shapes differ.
@@ -176,6 +183,8 @@ def logit_loss(
                 f'{tuple(student.shape)}, got {tuple(teacher.shape)}'
             )
         sigmoid = any(getattr(loss, 'use_sigmoid', False) for loss in losses)
+        if hard:
+            return hard_cross_entropy(student, teacher, sigmoid)
         return kl_divergence(student, teacher, temperature, sigmoid)
 
     compare = {SEGMENTOR: _pixel_loss, RPN: _anchor_loss, ROI: _region_loss}[name]
@@ -312,6 +321,27 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, sigmoid:
     log_s, log_t = (F.log_softmax(x, dim) for x in logits)
     kl = F.kl_div(log_s, log_t, reduction='none', log_target=True).sum(dim)
     return temperature**2 * (kl.sum(1) if sigmoid else kl)
+
+
+def hard_cross_entropy(student: Tensor, teacher: Tensor, sigmoid: bool) -> Tensor:
+    """Cross-entropy of logits (B, C, ...) with the teacher's decision as the label.
+
+    Source: Touvron et al., *Training data-efficient image transformers* (arXiv 2012.12877), hard
+    distillation.
+
+    Args:
+        student: Logits of the student.
+        teacher: Logits of the teacher.
+        sigmoid: Whether each class is a decision of its own; their losses are added.
+
+    Returns:
+        (B, ...) float32.
+    """
+    student = student.float()
+    if sigmoid:
+        labels = (teacher > 0).float()
+        return F.binary_cross_entropy_with_logits(student, labels, reduction='none').sum(1)
+    return F.cross_entropy(student, teacher.argmax(1), reduction='none')
 
 
 def mean_over_images(values_BHW: Tensor, weights_BHW: Tensor) -> Tensor:

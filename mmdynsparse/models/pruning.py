@@ -31,7 +31,8 @@ class Pruning:
             Defaults to None, those of the dense model.
         alpha: Divides the logits of the head shares in a search, > 0. Defaults to the published
             value of the family: 100 for Swin, 0.01 for vision transformers.
-        init: First logit of every gate in a search. Defaults to 1.5, the published one.
+        init: First logit of every gate in a search, around which ``SinglePathSearchHook`` spreads
+            those of hidden units. Defaults to 1.5, the published one.
         norm_cfg: Norm of the convolutions. Defaults to dict(type='BN').
         norm_identity: Whether 'none' adds the normalized tokens, and a convolution the normalized
             class token, as the models that the authors have fine-tuned do. Defaults to False, which

@@ -24,7 +24,11 @@ def _sparse(**kwargs) -> dict:
 
 
 def segmentor(
-    selector: str = 'topk', classes: int = 3, follow: bool = False, divisor: int = 8
+    selector: str = 'topk',
+    classes: int = 3,
+    follow: bool = False,
+    divisor: int = 8,
+    backbone: dict | None = None,
 ) -> nn.Module:
     init_default_scope('mmseg')
     torch.manual_seed(0)
@@ -39,7 +43,8 @@ def segmentor(
             test_cfg=dict(size_divisor=divisor),
         ),
         backbone=_sparse(
-            sparsity=dict(locations={0: (0,), 1: (0,)}, keep_ratio=0.5, selector=selector)
+            **backbone
+            or dict(sparsity=dict(locations={0: (0,), 1: (0,)}, keep_ratio=0.5, selector=selector))
         ),
         decode_head=dict(
             type='mmdynsparse.SparseUPerHead',

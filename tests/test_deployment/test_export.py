@@ -69,6 +69,26 @@ def test_the_graph_has_no_loops_and_knows_its_model(exported) -> None:
     assert metadata.keep_ratios == {'backbone': [0.5, 0.5], 'decode_head': [0.4]}
 
 
+PRUNED = dict(mixers=[['conv3', 'none'], ['conv1']], hidden=[[7, 48], [0]])
+
+
+@pytest.mark.parametrize('keep_ratio', [None, 0.7])
+def test_pruned_models(exported, keep_ratio: float | None) -> None:
+    """All operations but self-attention, an FFN that is gone, and what is then made sparse."""
+    backbone = dict(pruning=PRUNED)
+    if keep_ratio:
+        backbone['sparsity'] = dict(locations={0: (0,), 1: (0,)}, keep_ratio=keep_ratio)
+    model, images = segmentor(backbone=backbone), noise(1)
+    (out,) = Session(exported(f'pruned-{keep_ratio}', model))(images)
+    np.testing.assert_allclose(out, in_torch(model, images), rtol=0, atol=1e-4)
+
+
+def test_a_search_is_not_exported() -> None:
+    model = segmentor(backbone=dict(pruning=dict(search=True)))
+    with pytest.raises(ValueError, match=r'model must be pruned .* got .* pruning\.search=True'):
+        build_graph(model, HW)
+
+
 @pytest.mark.slow
 def test_a_head_that_follows_the_backbone(exported) -> None:
     model = segmentor(follow=True)

@@ -10,6 +10,7 @@ from mmdynsparse.engine.distillation import (
     content_mask,
     feature_loss,
     find_module,
+    hard_cross_entropy,
     kept_mask,
     kl_divergence,
     label_mask,
@@ -47,6 +48,19 @@ def test_kl_of_independent_classes():
     bernoulli = [torch.distributions.Bernoulli(logits=x / 2) for x in (teacher, student)]
     expected = 4 * torch.distributions.kl_divergence(*bernoulli).sum(1)
     torch.testing.assert_close(kl_divergence(student, teacher, 2.0, True), expected)
+
+
+def test_hard_labels_are_the_decisions_of_the_teacher():
+    student, teacher = torch.randn(2, 2, 5, 3, 4)
+    log_p = student.log_softmax(1)
+    expected = -log_p.gather(1, teacher.argmax(1, keepdim=True)).squeeze(1)
+    torch.testing.assert_close(hard_cross_entropy(student, teacher, False), expected)
+    # Of independent classes, those with a probability above a half.
+    p = student.sigmoid()
+    expected = -torch.where(teacher.sigmoid() > 0.5, p, 1 - p).log().sum(1)
+    torch.testing.assert_close(hard_cross_entropy(student, teacher, True), expected)
+    half = hard_cross_entropy(student.bfloat16(), teacher, False)
+    assert half.dtype == torch.float32 and half.shape == (2, 3, 4)
 
 
 def test_kl_is_float32_for_half_logits():

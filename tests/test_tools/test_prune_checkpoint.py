@@ -1,6 +1,8 @@
 """tools/model_converters/prune_checkpoint.py on tiny models."""
 
+import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
+from mmdynsparse.datasets import write_scenes
+
+ROOT = Path(__file__).parents[2]
 TOOL = 'model_converters/prune_checkpoint.py'
 SEARCH = """
 model['backbone']['sparsity'] = None
@@ -21,13 +26,18 @@ custom_hooks = [dict(type='mmdynsparse.SinglePathSearchHook', target=0.7)]
 @pytest.fixture
 def search(write_config: Callable, tmp_path: Path) -> tuple[Path, Path]:
     """Config and checkpoint of a search, with random weights and gates."""
-    config = write_config('seg', SEARCH, name='search')
-    init_default_scope('mmseg')
-    model = MODELS.build(Config.fromfile(config).model)
+    return searched('seg', write_config, tmp_path)
+
+
+def searched(task: str, write_config: Callable, folder: Path) -> tuple[Path, Path]:
+    config = write_config(task, SEARCH, name=f'search-{task}')
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
     for p in model.parameters():
         p.data.normal_(0, 0.2)
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'searched.pth')
-    return config, tmp_path / 'searched.pth'
+    torch.save(dict(state_dict=model.state_dict()), folder / 'searched.pth')
+    return config, folder / 'searched.pth'
 
 
 def build(config: Path, checkpoint: Path) -> torch.nn.Module:
@@ -51,6 +61,54 @@ def test_the_pruned_model_is_the_searched_one(
     assert cfg.custom_hooks == [] and cfg.load_from == str(out / 'pruned.pth')
     cfg.work_dir = str(tmp_path / 'run')
     Runner.from_cfg(cfg).train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task, host', [('seg', 'mmseg'), ('det', 'mmdet')])
+def test_pruned_models_train_with_the_tools_of_their_library(
+    task: str,
+    host: str,
+    write_config: Callable,
+    load_tool: Callable,
+    run_tool: Callable,
+    tmp_path: Path,
+) -> None:
+    files = searched(task, write_config, tmp_path)
+    load_tool(TOOL).main([*map(str, files), '--out', str(tmp_path / 'out')])
+    tool = Path(find_spec(host).origin).parent / '.mim' / 'tools' / 'train.py'
+    run_tool(tool, tmp_path / 'out' / 'pruned.py', '--work-dir', tmp_path / 'run')
+    assert (tmp_path / 'run' / 'last_checkpoint').is_file()
+
+
+QUICKSTART = """
+_base_ = {base!r}
+model = dict(
+    backbone=dict(type='mmdynsparse.SparseSwinTransformer', pruning=dict(search=True))
+)
+optim_wrapper = dict(constructor='mmdynsparse.FineTuneOptimWrapperConstructor')
+train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False,
+                        dataset=dict(data_root={data!r}))
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters={iters})
+val_cfg = val_dataloader = val_evaluator = None
+param_scheduler = []
+custom_hooks = [
+    dict(type='mmdynsparse.SinglePathSearchHook', target=0.7, gate_lr=5e-2, interval=5)
+]
+"""
+
+
+@pytest.mark.slow
+def test_a_short_search_on_the_quickstart_data(tmp_path: Path, run_tool: Callable) -> None:
+    """It ends within 2% of its target, with no need to shift the gates."""
+    write_scenes(tmp_path / 'data', 16, 1)
+    base = str(ROOT / 'configs' / 'quickstart' / 'swin-xt_upernet_quickstart.py')
+    config = tmp_path / 'search.py'
+    config.write_text(QUICKSTART.format(base=base, data=str(tmp_path / 'data'), iters=150))
+    log = run_tool('train.py', config, '--work-dir', tmp_path / 'run')
+    found = json.loads((tmp_path / 'run' / 'architecture.json').read_text())
+    assert found['share'] == pytest.approx(0.7, rel=0.02)
+    assert 'The search ends' in log and 'gates shifted' not in log
+    assert any(mixer == 'msa' for stage in found['mixers'] for mixer in stage)
 
 
 def test_original_weights_and_another_config(

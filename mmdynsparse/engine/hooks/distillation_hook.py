@@ -78,6 +78,8 @@ class DistillationHook(Hook):
             what the teacher finds important. That is the attention which tokens receive in its
             last layer, from all tokens ('mean') or the class token ('cls'), or the entropy of its
             pixels ('entropy'). Defaults to None, without.
+        hard: Whether the teacher's most likely class is a label, as SPViT fine-tunes, in place of
+            its probabilities; the loss is then the cross-entropy. Defaults to False.
 
     Raises:
         ValueError: If an argument is outside its range or all weights are 0, or, before the first
@@ -92,6 +94,7 @@ class DistillationHook(Hook):
         temperature: float = 1.0,
         features: Mapping[str, float | Sequence[float] | Mapping] | None = None,
         importance: Mapping | None = None,
+        hard: bool = False,
     ) -> None:
         is_named = isinstance(teacher, Mapping) and set(teacher) == {'config', 'checkpoint'}
         if teacher != 'self' and not is_named:
@@ -112,10 +115,18 @@ class DistillationHook(Hook):
             )
         if not temperature > 0:
             raise ValueError(f'temperature must be above 0, got {temperature!r}')
+        if not isinstance(hard, bool):
+            raise ValueError(f'hard must be True or False, got {hard!r}')
+        if hard and (temperature != 1 or not logit_weight):
+            raise ValueError(
+                'hard=True must have a logit_weight above 0 and the temperature 1, got '
+                f'{logit_weight!r} and {temperature!r}'
+            )
         self.teacher = teacher
         self.features = weights
         self.logit_weight = logit_weight
         self.temperature = temperature
+        self.hard = hard
         self._student = self._teacher = self._loaded = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -220,7 +231,7 @@ class DistillationHook(Hook):
         losses = {}
         for head in self._heads:
             module, outs = self._student.get_submodule(head), (student[head][-1], teacher[head][-1])
-            value = logit_loss(head, module, *outs, batch, self.temperature)
+            value = logit_loss(head, module, *outs, batch, self.temperature, self.hard)
             losses[loss_name(LOSS_NAMES[head])] = self.logit_weight * value
         for name, weight in self.features.items():
             if not student[name] or not teacher[name]:

@@ -1,8 +1,9 @@
 """The search for what is left of a backbone's attentions and FFNs (SPViT).
 
 Source: He et al., *Pruning Self-attentions into Convolutional Layers in Single Path* (arXiv
-2111.11802): the loss on the cost and a constant learning rate for the gates. The stop rule, the
-loss relative to the dense cost and measured time as a cost are our own.
+2111.11802): the loss on the cost and a constant learning rate for the gates. Our own are: the loss
+relative to the dense cost, the falling target, the different first logits of hidden units, the stop
+rule, the last shift of the gates, and measured time as a cost.
 """
 
 import json
@@ -29,6 +30,8 @@ from ..architecture_cost import (
     latency_table,
     lowest_cost,
     macs_table,
+    meet_cost,
+    spread_units,
 )
 from ..runs import bare_model
 
@@ -44,18 +47,19 @@ class SinglePathSearchHook(Hook):
     """Train the gates of a backbone with ``pruning=dict(search=True)`` towards a cost.
 
     The model's loss dict gains ``loss_cost`` = weight * ((F - T) / F_dense)^2, F the cost of the
-    architecture whose gates are open with a probability above 0.5, T the target. The log gets
+    architecture whose gates are open with a probability above 0.5. T falls from the dense cost to
+    the target, so gates close a few at a time and the task decides which. The log gets
     ``cost_share`` = F / F_dense and ``kept_hidden_I``, the share of the hidden units that stage I
     keeps; every check logs the operations of all blocks as a string: M self-attention, 3 and 1
     convolutions, - nothing. Each validation, and the end, writes ``architecture.json`` to the work
-    dir, and the end ``searched.pth``.
+    dir, and the end ``searched.pth``. If the last iteration is further from the target than
+    ``stop_within``, all gates are shifted by one number first, which leaves their order.
 
     The random numbers of torch depend on the seed of the run, the rank and the iteration alone, so
     a resumed search samples the gates that it would have sampled.
 
     Args:
-        target: Share of the dense backbone's cost up to 1; above 1, GMACs or ms. It is reached
-            within ``stop_within``, or not at all: the hook says which.
+        target: Share of the dense backbone's cost up to 1; above 1, GMACs or ms.
         weight: Weight of the loss, >= 0. Defaults to 30.
         shape: Height and width of the image that costs are for, in px. Defaults to None, the size
             that the data preprocessor pads to.
@@ -64,8 +68,14 @@ class SinglePathSearchHook(Hook):
         unit: 'macs', or 'ms' for time measured on this device. Defaults to 'macs'.
         stop_within: Largest deviation from the target at which the search stops, as a share of the
             target, in [0, 1). Defaults to 0.02.
-        patience: Number of checks in a row that find it so, >= 1. Defaults to 3.
+        patience: Number of checks in a row that find it so, once T is the target, >= 1. Defaults
+            to 3.
         interval: Iterations between checks, >= 1. Defaults to 50.
+        ramp: Share of the training in which T falls, linearly, in [0, 1]. Defaults to 0.6; 0 is the
+            published search.
+        spread: Largest distance of the first logits of hidden units from ``pruning.init``, in the
+            order of the units' norms, >= 0. Defaults to 1; 0 is the published search. Gates that
+            already differ are left alone.
 
     Raises:
         ValueError: If an argument is outside its range, or, before the first iteration, the model
@@ -83,11 +93,15 @@ class SinglePathSearchHook(Hook):
         stop_within: float = 0.02,
         patience: int = 3,
         interval: int = 50,
+        ramp: float = 0.6,
+        spread: float = 1.0,
     ) -> None:
         _check('target', target, 'above 0', lambda x: x > 0)
         _check('weight', weight, 'at least 0', lambda x: x >= 0)
         _check('gate_lr', gate_lr, 'above 0', lambda x: x > 0)
         _check('stop_within', stop_within, 'in [0, 1)', lambda x: 0 <= x < 1)
+        _check('ramp', ramp, 'in [0, 1]', lambda x: 0 <= x <= 1)
+        _check('spread', spread, 'at least 0', lambda x: x >= 0)
         for name, value in (('patience', patience), ('interval', interval)):
             _check(name, value, 'a whole number from 1 on', lambda x: isinstance(x, int) and x >= 1)
         if unit not in UNITS:
@@ -102,6 +116,8 @@ class SinglePathSearchHook(Hook):
         self.stop_within = stop_within
         self.patience = patience
         self.interval = interval
+        self.ramp = ramp
+        self.spread = spread
         self._hits = 0
 
     def before_train(self, runner: Runner) -> None:
@@ -120,14 +136,18 @@ class SinglePathSearchHook(Hook):
         else:
             self._table = macs_table(geometry, hw)
         self._dense = dense_cost(self._blocks, self._table)
-        self._goal = self._find_target()
+        self._goal = self._goal_now = self._find_target()
+        spread_units(self._blocks, self.spread)
         self._groups = _gate_groups(model, runner)
         self._handle = model.register_forward_hook(self._add_losses, with_kwargs=True)
         text = f'Search for {self._goal:.4g} of {self._dense:.4g} {UNITS[self.unit]} at {hw} px'
         print_log(text, logger='current')
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Set the gates' learning rate, which schedulers change, and the random numbers."""
+        """Set what changes: the goal, the gates' learning rate and the random numbers."""
+        progress = runner.iter / (self.ramp * runner.max_iters) if self.ramp else 1.0
+        fallen = min(progress, 1.0)
+        self._goal_now = (1 - fallen) * self._dense + fallen * self._goal
         for group in self._groups:
             group['lr'] = self.gate_lr
         rank, _ = get_dist_info()
@@ -141,8 +161,8 @@ class SinglePathSearchHook(Hook):
         if not self.every_n_train_iters(runner, self.interval):
             return
         cost = self._cost()
-        within = abs(cost - self._goal) <= self.stop_within * self._goal
-        self._hits = self._hits + 1 if within else 0
+        arrived = self._goal_now == self._goal
+        self._hits = self._hits + 1 if arrived and self._is_near(cost) else 0
         mixers, _ = architecture(self._blocks)
         text = f'{as_string(mixers)}  {cost / self._dense:.4f} of the dense cost'
         print_log(f'Architecture: {text}', logger='current')
@@ -156,13 +176,16 @@ class SinglePathSearchHook(Hook):
             self._write(runner)
 
     def after_train(self, runner: Runner) -> None:
-        """Say how near the search has come, and save its model."""
+        """Bring the architecture to its target, say what that took, and save the model."""
         self._handle.remove()
-        cost = self._cost()
+        found = cost = self._cost()
+        if not self._is_near(found):
+            cost = meet_cost(self._blocks, self._table, self._goal)
         self._write(runner)
-        deviation = (cost - self._goal) / self._goal
-        text = f'The search ends at {cost:.4g} {UNITS[self.unit]}, {deviation:+.2%} off its target'
-        print_log(text, logger='current')
+        ends = self._deviation(found)
+        if cost != found:
+            ends = f'{ends}, and with its gates shifted {self._deviation(cost)}'
+        print_log(f'The search ends {ends}', logger='current')
         runner.save_checkpoint(runner.work_dir, CHECKPOINT, save_optimizer=False, by_epoch=False)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -180,12 +203,19 @@ class SinglePathSearchHook(Hook):
         if kwargs.get('mode') != 'loss':
             return None
         cost = cost_of_gates(self._blocks, self._table)
-        loss = self.weight * ((cost - self._goal) / self._dense) ** 2
+        loss = self.weight * ((cost - self._goal_now) / self._dense) ** 2
         new = dict(loss_cost=loss, cost_share=cost.detach() / self._dense)
         for i in sorted({block.stage for block in self._blocks}):
             gates = [b.ffn.gate_logits.detach() for b in self._blocks if b.stage == i]
             new[f'kept_hidden_{i}'] = (torch.cat(gates) > 0).float().mean()
         return losses | new
+
+    def _is_near(self, cost: float) -> bool:
+        return abs(cost - self._goal) <= self.stop_within * self._goal
+
+    def _deviation(self, cost: float) -> str:
+        deviation = (cost - self._goal) / self._goal
+        return f'at {cost:.4g} {UNITS[self.unit]}, {deviation:+.2%} off its target'
 
     def _cost(self) -> float:
         with torch.no_grad():

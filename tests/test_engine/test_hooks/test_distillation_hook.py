@@ -100,6 +100,21 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(task, start, tiny):
     assert model.backbone.patch_embed.projection.weight.grad.abs().max() > 0
 
 
+def test_hard_labels_of_a_teacher(start, tiny):
+    """Weighted cross-entropy with the teacher's classes, where labels are not ignored."""
+    model, hook = start('seg', logit_weight=0.5, hard=True, features={})
+    model.eval()
+    perturb(model)
+    out = {}
+    for key, part in dict(student=model, teacher=hook._teacher).items():
+        part.decode_head.conv_seg.register_forward_hook(
+            lambda m, args, logits, key=key: out.__setitem__(key, logits.detach())
+        )
+    losses = distilled(losses_of(tiny, model, 'seg', indices=(0, 2), ignored=0))
+    expected = torch.nn.functional.cross_entropy(out['student'], out['teacher'].argmax(1))
+    assert losses['loss_distill_logits'].item() == pytest.approx(0.5 * expected.item(), rel=1e-5)
+
+
 def vit_config(tiny, **backbone):
     cfg = tiny.config('seg')
     cfg.backbone = dict(
@@ -591,6 +606,9 @@ def test_a_random_teacher_is_warned_of(start, warnings_of):
         (dict(logit_weight=0, features=dict(neck=0.0)), r"above 0, got 0 and {'neck': 0.0}; leave"),
         (dict(logit_weight=0, features={}), 'logit_weight or a weight in .* must be above 0'),
         (dict(temperature=0), 'temperature must be above 0, got 0'),
+        (dict(hard=1), 'hard must be True or False, got 1'),
+        (dict(hard=True, temperature=2.0), 'hard=True must have .* temperature 1, got 0.5 and 2.0'),
+        (dict(hard=True, logit_weight=0), 'hard=True must have a logit_weight above 0'),
         (dict(features=dict(neck='1')), r"features\['neck'\] must be at least 0, got '1'"),
         (dict(features=dict(neck=float('nan'))), r"features\['neck'\] must be at least 0, got nan"),
         (dict(features=dict(neck=[0, -1])), r'must be at least 0 for each map, got \[0, -1\]'),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmdynsparse.layers import SinglePathTokenMSA
+from mmdynsparse.layers import SinglePathMixer, SinglePathTokenMSA, SinglePathWindowMSA
 from mmdynsparse.models import SparseSwinTransformer, SparseVisionTransformer
 from mmdynsparse.ops import (
     BlockShape,
@@ -99,9 +99,31 @@ def test_a_fine_tuned_checkpoint_says_what_skipped_blocks_add(recorded):
         model.load_state_dict(convert_checkpoint(record['state_dict'], 'spvit'), strict=False)
 
 
+def in_windows(convolve):
+    """The 3 x 3 convolution as their Swin searches: in the attention's windows."""
+
+    def function(self, x, hw, kernels, norm, size):
+        window, shift = self.window_size, self.shift(hw)
+        if size == 1:
+            return convolve(self, x, hw, kernels, norm, size)
+        rows, cols = (side // window for side in hw)
+        x = x.unflatten(1, hw).roll((-shift, -shift), (1, 2))
+        x = x.unflatten(2, (cols, window)).unflatten(1, (rows, window)).transpose(2, 3)
+        x = x.flatten(3, 4).flatten(0, 2)
+        x = convolve(self, x, (window, window), kernels, norm, size)
+        x = x.unflatten(0, (-1, rows, cols)).unflatten(3, (window, window)).transpose(2, 3)
+        x = x.flatten(3, 4).flatten(1, 2)
+        return x.roll((shift, shift), (1, 2)).flatten(1, 2)
+
+    return function
+
+
 def search_model(record, state, monkeypatch):
     # Their class token gets the normalized one from a convolution, in a search as well.
     monkeypatch.setattr(SinglePathTokenMSA, 'class_update', lambda self, x: x)
+    if 'depths' in record['config']:
+        convolve = in_windows(SinglePathMixer._convolve)
+        monkeypatch.setattr(SinglePathWindowMSA, '_convolve', convolve)
     model = backbone(record['config'], dict(search=True))
     load(model, {**record['state_dict'], **record['gates'][state]})
     return model
@@ -123,9 +145,9 @@ def cost(model, size):
     return total
 
 
-@pytest.mark.parametrize('name, states', [('deit', 'ab'), ('swin', 'c')])
+@pytest.mark.parametrize('name, states', [('deit', 'ab'), ('swin', 'abc')])
 def test_searches_at_inference(name, states, recorded, monkeypatch):
-    """Outputs, cost and the gradient of the cost; conv3 of Swin only where the map is a window."""
+    """Outputs, cost and the gradient of the cost."""
     record = torch.load(recorded / 'oracle' / f'spvit_search_{name}.pth', weights_only=True)
     config = record['config']
     for state in states:
@@ -150,23 +172,28 @@ def test_searches_at_inference(name, states, recorded, monkeypatch):
 
 
 @pytest.mark.parametrize('step', [0, 1])
-def test_a_search_in_training(step, recorded, monkeypatch):
-    """Samples, outputs, gradients of the gates and statistics of DeiT, by the recorded draws."""
-    record = torch.load(recorded / 'oracle' / 'spvit_search_deit.pth', weights_only=True)
+@pytest.mark.parametrize('name', ['deit', 'swin'])
+def test_a_search_in_training(name, step, recorded, monkeypatch):
+    """Samples, outputs, gradients of the gates and statistics, by the recorded draws."""
+    record = torch.load(recorded / 'oracle' / f'spvit_search_{name}.pth', weights_only=True)
     expected = record['train'][step]
     draws = iter(expected['uniforms'].values())
     model = search_model(record, 'train', monkeypatch).train()
     monkeypatch.setattr(torch, 'rand_like', lambda logits: next(draws))
     outs = taps(model)
     out = model(record['input'])[-1]
-    for tap, value in outs.items():
-        close(value, expected[tap])
-    cls = model.ln1(outs[f'tap.blocks.{len(outs) - 1}'])[:, 0]
+    if name == 'swin':
+        close(out.flatten(2).transpose(1, 2), expected['tap.norm'], 1e-3)
+        features = out.mean((2, 3))
+    else:
+        for tap, value in outs.items():
+            close(value, expected[tap])
+        features = model.ln1(outs[f'tap.blocks.{len(outs) - 1}'])[:, 0]
     head = [record['state_dict'][f'head.{n}'] for n in ('weight', 'bias')]
     loss = torch.nn.functional.cross_entropy(
-        torch.nn.functional.linear(cls, *head), record['labels']
+        torch.nn.functional.linear(features, *head), record['labels']
     )
-    assert loss.item() == pytest.approx(expected['loss_task'], abs=1e-4) and out is not None
+    assert loss.item() == pytest.approx(expected['loss_task'], abs=1e-4)
     names = [n for n, p in model.named_parameters() if n.endswith(('gate_logits', 'head_logits'))]
     # Unused gates of the last FFN have no gradient where nothing reads them.
     grads = torch.autograd.grad(loss, [model.get_parameter(n) for n in names], allow_unused=True)
