@@ -41,6 +41,7 @@ class Row(NamedTuple):
 
 
 PUBLISHED = 'Rao et al., arXiv 2207.01580'
+COARSE = 'by coarser levels: docs/whole-model.md, heads of one-stage detectors'
 FASTER = 'a faster dense backbone: docs/whole-model.md, accuracy without training'
 TABLE = (
     Row('SparseSwinTransformer', True, dict(keep_ratio=0.7), 'docs/study.md, claims 1 and 8'),
@@ -64,6 +65,10 @@ TABLE = (
     ),
     Row('SparseFPN', True, dict(keep_ratio=0.6), 'docs/study.md, claim 11'),
     Row('SparseRPNHead', True, dict(), 'follows the neck: docs/study.md, claim 11'),
+    Row('SparseRetinaHead', True, dict(keep_ratio=0.3), COARSE),
+    Row('SparseFCOSHead', True, dict(keep_ratio=0.3), COARSE),
+    Row('SparseATSSHead', True, dict(keep_ratio=0.3), COARSE),
+    Row('SparseGFLHead', True, dict(keep_ratio=0.3), COARSE),
     Row('SparseSwinTransformer', False, None, FASTER),
     Row('SparseConvNeXt', False, None, FASTER),
     Row('SparseResNet', False, None, FASTER),
@@ -76,6 +81,7 @@ TABLE = (
         dict(keep_ratio=0.3),
         'docs/whole-model.md, accuracy without training',
     ),
+    Row('SparseRetinaHead', False, dict(keep_ratio=0.3), COARSE),
 )
 
 

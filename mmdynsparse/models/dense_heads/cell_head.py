@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from mmengine.structures import InstanceData
 from torch import Tensor
 
 from ...layers.cell_conv import check_half_size, kept_cells
@@ -183,7 +184,39 @@ class CellHead:
                 outs.append(table_map(table, x.shape[0], tuple(x.shape[2:])))
         return outs
 
+    def _predict_by_feat_single(
+        self,
+        cls_score_list: list[Tensor],
+        bbox_pred_list: list[Tensor],
+        score_factor_list: list[Tensor | None],
+        mlvl_priors: list[Tensor],
+        *args,
+        **kwargs,
+    ) -> InstanceData:
+        """Leave dropped locations out, and go on as mmdet's head with those that are there."""
+        levels = [cls_score_list, bbox_pred_list, score_factor_list, mlvl_priors]
+        if self.decider is not None and not self.training:
+            found = [_kept_locations(*level) for level in zip(*levels, strict=True)]
+            levels = map(list, zip(*found, strict=True))
+        return super()._predict_by_feat_single(*levels, *args, **kwargs)
+
     def loss_by_feat(self, cls_scores: list[Tensor], *args, **kwargs) -> dict:
         """Return the losses; in eval mode dropped locations count as they do in training."""
         scores = [score.masked_fill(score == -torch.inf, DROPPED_LOGIT) for score in cls_scores]
         return super().loss_by_feat(scores, *args, **kwargs)
+
+
+def _kept_locations(
+    score_CHW: Tensor, box_CHW: Tensor, factor_CHW: Tensor | None, priors: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return a level's predictions (C, 1, K) and priors (K * A, ...) at its K kept locations."""
+    kept = (score_CHW[0].flatten() > -torch.inf).nonzero().squeeze(1)
+    if kept.shape[0] == score_CHW[0].numel():
+        return score_CHW, box_CHW, factor_CHW, priors
+    maps = [
+        # Rows are contiguous: what is sparse is channels last in memory.
+        None if x is None else x.flatten(1).t().index_select(0, kept).t().unsqueeze(1)
+        for x in (score_CHW, box_CHW, factor_CHW)
+    ]
+    priors = priors.unflatten(0, (score_CHW[0].numel(), -1)).index_select(0, kept)
+    return *maps, priors.flatten(0, 1)
