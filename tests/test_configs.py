@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
 
+from mmdynsparse.analysis import dense_config
 from mmdynsparse.models import SparseConvNeXt, SparseResNet
 from mmdynsparse.models.backbones.convnext import ARCHS as CONVNEXTS
 from mmdynsparse.models.backbones.resnet import ARCHS as RESNETS
@@ -21,6 +22,7 @@ IDS = [str(path.relative_to(CONFIGS)) for path in FILES]
 FAMILIES = ('sparse_convnext', 'sparse_heads', 'sparse_resnet', 'sparse_swin', 'sparse_vit')
 PUBLISHED = [path for path in FILES if path.parent.name in FAMILIES]
 PRUNED = [path for path in FILES if path.parent.name == 'spvit']
+ONE_STAGE = [path for path in FILES if path.parent.name == 'one_stage']
 # Width of the first stage and depth of the third; of the only one in ViT.
 SIZES = {
     'convnext': {'n': (48, 9), 't': (96, 9), 's': (96, 27)},
@@ -82,6 +84,13 @@ STOCK = {
         for schedule in ('1x', '2x')
     },
 }
+RETINANET, FCOS = 'retinanet_r50_fpn_1x_coco.py', 'fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+STOCK_ONE_STAGE = {
+    'retinanet_r50_sparse-head_1x_coco.py': RETINANET,
+    'retinanet_sparse-r50_sparse-fpn_sparse-head_1x_coco.py': RETINANET,
+    'fcos_r50-caffe_sparse-head_1x_coco.py': FCOS,
+    'atss_r50_sparse-head_1x_coco.py': 'atss_r50_fpn_1x_coco.py',
+}
 
 SHARED_KEYS = (
     *('train_dataloader', 'val_dataloader', 'test_dataloader'),
@@ -141,7 +150,7 @@ def test_builds(path, tmp_path, monkeypatch):
 
 def _num_classes(model) -> int:
     """Return the number of classes that all heads of a model config agree on."""
-    heads = [model.get('decode_head'), model.get('auxiliary_head')]
+    heads = [model.get(key) for key in ('decode_head', 'auxiliary_head', 'bbox_head')]
     roi = model.get('roi_head', {})
     boxes = roi.get('bbox_head')
     heads += [*(boxes if isinstance(boxes, list) else [boxes]), roi.get('mask_head')]
@@ -179,7 +188,7 @@ def _check_sparsity(cfg, runner):
         assert [backbone.stage_locations(i) for i in range(4)] == [(), (1,), (1,), (1,)]
         assert len(set(backbone.keep_ratios)) == 1
         # Detectors need a light branch, as docs/study.md has measured.
-        assert any('fast_path' in n for n in new) == ('rpn_head' in cfg.model)
+        assert any('fast_path' in n for n in new) == ('decode_head' not in cfg.model)
         return
     blocks = LOCATIONS[_width_and_depth(cfg.model.backbone)[1]]
     if 'num_layers' in cfg.model.backbone:
@@ -416,11 +425,30 @@ def test_name_tells_what_is_pruned(path):
         assert (path.parent / f'{partner}.py').is_file()
 
 
-@pytest.mark.parametrize('family', [*FAMILIES, 'spvit'])
+@pytest.mark.parametrize('path', ONE_STAGE, ids=[path.stem for path in ONE_STAGE])
+def test_one_stage_detectors_differ_from_stock_in_sparse_parts(path):
+    """The name says which parts are sparse; the dense form of the others is mmdetection's."""
+    model, name = Config.fromfile(path).model, path.stem
+    sparse = {key for key in ('backbone', 'neck', 'bbox_head') if 'sparsity' in model[key]}
+    expected = dict(backbone='sparse-(r50|swin)', neck='sparse-fpn', bbox_head='sparse-head')
+    assert sparse == {key for key, pattern in expected.items() if re.search(pattern, name)}
+    ratio = {} if 'neck' in sparse else dict(keep_ratio=0.3)
+    assert {**model.bbox_head.sparsity, 'cell_size': 8} == {**ratio, 'cell_size': 8}
+    if path.name not in STOCK_ONE_STAGE:
+        return
+    expected = plain(stock_config('mmdet', STOCK_ONE_STAGE[path.name]).model.to_dict())
+    model = plain(dense_config(model).model)
+    for backbone in (model['backbone'], expected['backbone']):
+        for key in ('num_stages', 'out_indices', 'style'):
+            backbone.pop(key, None)
+    assert model == expected
+
+
+@pytest.mark.parametrize('family', [*FAMILIES, 'one_stage', 'spvit'])
 def test_readme_and_metafile_list_every_config(family):
     """The family's README links each config and the metafile names each, and nothing else."""
     folder = CONFIGS / family
-    names = {path.name for path in PUBLISHED + PRUNED if path.parent == folder}
+    names = {path.name for path in FILES if path.parent == folder}
     readme = (folder / 'README.md').read_text(encoding='utf-8')
     assert set(re.findall(r'\]\(\./([^)]+\.py)\)', readme)) == names
     models = Config.fromfile(folder / 'metafile.yml').Models

@@ -35,11 +35,13 @@ class KeptCells(NamedTuple):
         index: (K,) int64, their sorted positions in the flattened (B * N) batch of cells.
         rows: What they hold and read, with a halo of 1.
         size: Side g of a cell, in positions.
+        image: (K,) int64, the image of each.
     """
 
     index: Tensor
     rows: CellRows
     size: int
+    image: Tensor
 
     def tiles_of_map(self, x_BCHW: Tensor) -> Tensor:
         """Return the cells of a map with their halo, (K, C, g + 2, g + 2)."""
@@ -93,7 +95,7 @@ def kept_cells(plan: Plan, x_BCHW: Tensor, level: int = 0) -> KeptCells:
     size = plan.decision.cell_size >> level
     with region('gather'):
         rows = cell_rows(plan.kept, x_BCHW.shape[0], tuple(x_BCHW.shape[2:]), size, halo=1)
-    return KeptCells(plan.kept, rows, size)
+    return KeptCells(plan.kept, rows, size, plan.kept // plan.decision.mask.shape[1])
 
 
 def pointwise_rows(rows_RC: Tensor, module: ConvModule) -> Tensor:
@@ -109,14 +111,15 @@ def channels_last(x_BCHW: Tensor) -> Tensor:
 
 
 def check_half_size(
-    part: str, first: tuple[int, int], second: tuple[int, int], cell_size: int
+    part: str, first: tuple[int, int], second: tuple[int, int], cell_size: int, level: int = 0
 ) -> None:
-    """Raise a ValueError if cells of the two finest maps of a part do not cover the same area.
+    """Raise a ValueError if cells of two maps of a part do not cover the same area.
 
-    Cells have a side of ``cell_size`` on the first map, and half of it on the second.
+    Cells have a side of ``cell_size`` on the map of a level, and half of it on the next one.
     """
     if cell_grid(second, cell_size // 2) != cell_grid(first, cell_size):
+        names = ('first', 'second', 'third')
         raise ValueError(
-            f'the second map of a sparse {part} must have half the height and width of the first, '
-            f'got {second} for {first}'
+            f'the {names[level + 1]} map of a sparse {part} must have half the height and width of '
+            f'the {names[level]}, got {second} for {first}'
         )

@@ -129,8 +129,8 @@ class Decider(nn.Module):
         ratios = self.sparsity.resolve(keep_ratio)
         if self.falling and ratios != sorted(ratios, reverse=True):
             raise ValueError(
-                'keep_ratio must not rise from one predictor to the next without reactivate, '
-                f'got {ratios}'
+                'keep_ratio must not rise from one decision to the next where what is dropped '
+                f'stays so, got {ratios}'
             )
         return ratios
 

@@ -12,7 +12,12 @@ from ..registry import MODELS
 # Package here, library, extra that installs it, and the parts in the package.
 HOSTS = (
     ('decode_heads', 'mmseg', 'seg', ('SparseUPerHead',)),
-    ('dense_heads', 'mmdet', 'det', ('SparseRPNHead',)),
+    (
+        'dense_heads',
+        'mmdet',
+        'det',
+        ('SparseATSSHead', 'SparseFCOSHead', 'SparseGFLHead', 'SparseRPNHead', 'SparseRetinaHead'),
+    ),
     ('necks', 'mmdet', 'det', ('SimpleFeaturePyramid', 'SparseFPN')),
     (
         'roi_heads',

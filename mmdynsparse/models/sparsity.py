@@ -152,7 +152,7 @@ class CellSparsity:
         """Check a config's ``sparsity`` dict, as :meth:`Sparsity.from_cfg` does."""
         check_keys(cfg, cls)
         self = cls(**{**defaults, **cfg})
-        check_ratio('sparsity.keep_ratio', self.keep_ratio)
+        self.resolve(self.keep_ratio)
         check_selector(self.selector)
         if not isinstance(self.cell_size, int) or self.cell_size < 2 or self.cell_size % 2:
             raise ValueError(
@@ -199,6 +199,40 @@ class RegionSparsity:
     def resolve(self, keep_ratio: float | Sequence[float]) -> list[float]:
         """As :meth:`CellSparsity.resolve`."""
         return resolve_single(keep_ratio)
+
+
+@dataclass(frozen=True)
+class LevelSparsity(CellSparsity):
+    """In how many cells of the two finest levels the head of a one-stage detector runs.
+
+    Args:
+        keep_ratio: Share of the cells of each image that are kept, in (0, 1]: of the finest level,
+            or a list of the second level's and the finest one's. The second level keeps twice as
+            large a share if it is not given, because its scores choose the cells of the finest,
+            and it has a quarter as many.
+        cell_size: Side of a cell, in positions of its level: an even number. Defaults to 8.
+        selector: As of :class:`CellSparsity`.
+        predictor: Config of the predictor. Defaults to None, the class scores of the next level.
+    """
+
+    keep_ratio: float | Sequence[float]
+
+    followers: ClassVar[tuple[bool, ...]] = (False, False)
+
+    def resolve(self, keep_ratio: float | Sequence[float]) -> list[float]:
+        """Return the keep ratios of the second level and of the finest, in (0, 1]."""
+        ratios = keep_ratio
+        if not isinstance(ratios, list | tuple):
+            check_ratio('sparsity.keep_ratio', ratios)
+            ratios = (min(1.0, 2 * ratios), ratios)
+        if len(ratios) != len(self.followers):
+            raise ValueError(
+                'sparsity.keep_ratio must be a number or a list of 2, of the second level and of '
+                f'the finest, got {list(ratios)}'
+            )
+        for ratio in ratios:
+            check_ratio('sparsity.keep_ratio', ratio)
+        return [float(ratio) for ratio in ratios]
 
 
 def default_locations(depths: Sequence[int]) -> dict[int, tuple[int, ...]]:

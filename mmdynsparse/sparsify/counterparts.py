@@ -48,6 +48,7 @@ class Row(NamedTuple):
 
 PUBLISHED = 'Rao et al., arXiv 2207.01580'
 ROI = 'no training: docs/whole-model.md, RoI heads'
+COARSE = 'by coarser levels: docs/whole-model.md, heads of one-stage detectors'
 FASTER = 'a faster dense backbone: docs/whole-model.md, accuracy without training'
 TABLE = (
     Row('SparseSwinTransformer', True, dict(keep_ratio=0.7), 'docs/study.md, claims 1 and 8'),
@@ -74,6 +75,10 @@ TABLE = (
     *(Row('SparseStandardRoIHead', training, PROPOSALS, ROI) for training in (True, False)),
     *(Row('SparseCascadeRoIHead', training, PROPOSALS, ROI) for training in (True, False)),
     *(Row('SparseFCNMaskHead', training, MASKS, ROI) for training in (True, False)),
+    Row('SparseRetinaHead', True, dict(keep_ratio=0.3), COARSE),
+    Row('SparseFCOSHead', True, dict(keep_ratio=0.3), COARSE),
+    Row('SparseATSSHead', True, dict(keep_ratio=0.3), COARSE),
+    Row('SparseGFLHead', True, dict(keep_ratio=0.3), COARSE),
     Row('SparseSwinTransformer', False, None, FASTER),
     Row('SparseConvNeXt', False, None, FASTER),
     Row('SparseResNet', False, None, FASTER),
@@ -86,6 +91,7 @@ TABLE = (
         dict(keep_ratio=0.3),
         'docs/whole-model.md, accuracy without training',
     ),
+    Row('SparseRetinaHead', False, dict(keep_ratio=0.3), COARSE),
 )
 
 

@@ -67,6 +67,50 @@ def segmentor(
     return model.eval()
 
 
+def detector(kind: str) -> nn.Module:
+    """A RetinaNet or an ATSS whose head runs in kept cells."""
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    anchors = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1)
+    norm = dict(norm_cfg=dict(type='GN', num_groups=4)) if kind == 'ATSS' else {}
+    head = dict(
+        type=f'mmdynsparse.Sparse{kind}Head',
+        num_classes=3,
+        in_channels=16,
+        feat_channels=16,
+        stacked_convs=2,
+        anchor_generator=dict(anchors, strides=[8, 16, 32, 64, 128]),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True),
+        init_cfg=dict(type='Normal', layer='Conv2d', std=0.2),
+        sparsity=dict(keep_ratio=[0.5, 0.4], cell_size=4),
+        **norm,
+    )
+    model = dict(
+        type='RetinaNet' if kind == 'Retina' else kind,
+        data_preprocessor=dict(
+            type='DetDataPreprocessor',
+            mean=[123.0, 116.0, 103.0],
+            std=[58.0, 57.0, 55.0],
+            bgr_to_rgb=True,
+        ),
+        backbone=dict(type='ResNet', depth=18, base_channels=8, stem_channels=8),
+        neck=dict(
+            type='FPN',
+            in_channels=[8, 16, 32, 64],
+            out_channels=16,
+            start_level=1,
+            add_extra_convs='on_output',
+            num_outs=5,
+        ),
+        bbox_head=head,
+    )
+    model = MODELS.build(model)
+    model.init_weights()
+    _randomize(model)
+    return model.eval()
+
+
 def _randomize(model: nn.Module) -> None:
     """Give norms statistics, and predictors clear preferences, as a training would."""
     for name, tensor in model.state_dict().items():

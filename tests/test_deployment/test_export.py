@@ -12,7 +12,7 @@ from mmdynsparse.deployment import ExportedSegmentor
 from mmdynsparse.deployment.graph import build_graph
 from mmdynsparse.deployment.runtime import Session, _resize
 
-from .conftest import HW, segmentor
+from .conftest import HW, detector, segmentor
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -95,6 +95,21 @@ def test_a_head_that_follows_the_backbone(exported) -> None:
     images = noise(1)
     (out,) = Session(exported('follows', model))(images)
     np.testing.assert_allclose(out, in_torch(model, images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['Retina', pytest.param('ATSS', marks=pytest.mark.slow)])
+def test_a_one_stage_head_in_kept_cells(exported, kind: str) -> None:
+    model = detector(kind)
+    session = Session(exported(kind, model, batch=None))
+    for batch in (1, 2):
+        images = noise(batch, seed=batch)
+        outs = session(images)
+        with torch.no_grad():
+            expected = build_graph(model, HW)(torch.from_numpy(images))
+        dropped = [np.isneginf(out).mean() for out in outs[5:7]]
+        assert all(0.3 < share < 0.8 for share in dropped)
+        for out, other in zip(outs, expected, strict=True):
+            np.testing.assert_allclose(out, other, rtol=1e-3, atol=1e-3)
 
 
 def test_the_mask_of_the_runtime_class_is_mmsegs(exported) -> None:

@@ -21,6 +21,8 @@ FAST = {
     'upernet/upernet_r18_4xb2-80k_cityscapes-512x1024.py',
     'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
     'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'retinanet/retinanet_r50_fpn_1x_coco.py',
+    'atss/atss_r50_fpn_1x_coco.py',
     'convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py',
     'gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py',
     'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
@@ -68,6 +70,16 @@ def test_mask_head_goes_with_its_roi_head() -> None:
     notes = {part.key: part.note for part in swap_parts(model_cfg, 'mmdet', training=False)}
     assert notes['roi_head'] == 'stays: no sparse counterpart'
     assert notes['roi_head.mask_head'] == 'stays: its RoI head is none that chooses regions'
+
+
+def test_a_one_stage_head_without_training() -> None:
+    """Coarser levels choose the cells of RetinaNet; group norms have to be trained."""
+    for name, after in (('retinanet_r50', 'SparseRetinaHead'), ('atss_r50', None)):
+        path = stock_path('mmdet', f'{name.split("_")[0]}/{name}_fpn_1x_coco.py')
+        parts = {part.key: part for part in draft_config(str(path), training=False).parts}
+        assert parts['bbox_head'].after == (after and f'mmdynsparse.{after}')
+        assert parts['neck'].after is None
+    assert parts['bbox_head'].note == 'stays: its sparsity has to be trained'
 
 
 def test_enough_stock_configs_have_a_counterpart() -> None:

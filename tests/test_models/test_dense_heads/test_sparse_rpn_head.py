@@ -236,7 +236,6 @@ def test_one_level():
 
 
 BAD = {
-    'convs': (dict(num_convs=2), 'num_convs 1'),
     'softmax': (dict(loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False)), 'use_sigmoid'),
     'ratio': (dict(sparsity=dict(keep_ratio=0)), r'in \(0, 1\], got 0'),
     'predictor': (dict(sparsity=dict(keep_ratio=0.5, predictor=None)), 'must be a config'),
@@ -248,6 +247,15 @@ BAD = {
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         build(**{'sparsity': {}, **kwargs})
+
+
+@torch.no_grad()
+def test_several_convolutions():
+    head = build({}, num_convs=2)
+    close(run(head, features()), run(head, features(), 'masked'))
+    dense = build(kind='RPNHead', num_convs=2)
+    dense.load_state_dict(head.state_dict())
+    close(head(features(ratio=1.0)), dense(maps()))
 
 
 @torch.no_grad()
