@@ -69,7 +69,8 @@ STRATEGIES = GuestRegistry('strategy', parent=registry.STRATEGIES, **ENGINE)
 
 for parent in [item for item in vars(registry).values() if isinstance(item, Registry)]:
     if SCOPE not in parent.children:
-        GuestRegistry(parent.name, scope=SCOPE, parent=parent)
+        # It has nothing of its own; without a location mmengine asks for register_all_modules.
+        GuestRegistry(parent.name, scope=SCOPE, parent=parent, locations=['mmdynsparse.version'])
 
 
 def _is_installed(distribution: str) -> bool:
