@@ -1,6 +1,7 @@
 """Sphinx configuration: ``make docs`` builds the site into docs/_build/html."""
 
 import os
+import re
 import sys
 
 sys.path.insert(0, os.path.abspath('..'))
@@ -37,3 +38,12 @@ napoleon_numpy_docstring = False
 
 # Registers every part, so that the reference lists heads and necks of installed libraries.
 registry.MODELS.import_from_location()
+
+
+def setup(app):
+    """Name files of the repository outside of docs/, which the site has not, by their path."""
+    app.connect('source-read', _outside_links)
+
+
+def _outside_links(app, page, source):
+    source[0] = re.sub(r'(?<!!)\[([^]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)', r'\1 (`\2`)', source[0])

@@ -9,6 +9,8 @@ has this package's scope, while most of its types are those of mmsegmentation or
 Hence every registry of mmengine has a child here, which looks for them there.
 """
 
+import contextlib
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from mmengine import registry
@@ -28,6 +30,9 @@ class GuestRegistry(Registry):
             # A config of this scope is built within the default scope of its run.
             scopes = [scope.scope_name for scope in DefaultScope._instance_dict.values()]
             host = next((name for name in reversed(scopes) if name != SCOPE), 'mmengine')
+            with contextlib.suppress(ImportError):
+                # Nothing else has to have asked for a type of the library before.
+                import_module(f'{host}.registry')
             library = self._get_root_registry()._search_child(host)
             if library is not None:
                 return library.get(key)
