@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: quickstart quickstart-det test test-all benchmark lint setup clean
+.PHONY: quickstart quickstart-det test test-all benchmark lint docs setup clean
 
 quickstart: setup
 	$(RUN) tools/quickstart.py seg
@@ -26,10 +26,15 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# The site is in docs/_build/html. Warnings are errors, and so are links within it that lead nowhere.
+docs: setup
+	$(RUN) -m pip install -q -r requirements/docs.txt
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 setup:
 	@$(PYTHON) tools/setup_env.py
 
 # Leaves compiled wheels (.wheels), data and results (work_dirs) alone.
 clean:
-	rm -rf .venv .setup.log build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .setup.log build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,6 +32,8 @@ STAMP = VENV / 'setup-stamp'
 LIBRARIES_STAMP = VENV / 'libraries-stamp'
 LOG = ROOT / '.setup.log'
 REQUIREMENTS = ROOT / 'requirements'
+# Of the environment; docs.txt is what "make docs" adds.
+FILES = ('build.txt', 'openmmlab.txt', 'runtime.txt')
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 # GB on the disk of the project: the environment, and pip's downloads while it installs.
 NEEDED_DISK = 12
@@ -85,7 +87,7 @@ def pin(name: str, package: str) -> str:
 
 def fingerprint() -> str:
     """Return the hash of all pins and of the project's place, which an editable install fixes."""
-    text = ''.join(path.read_text() for path in sorted(REQUIREMENTS.glob('*.txt')))
+    text = ''.join((REQUIREMENTS / file).read_text() for file in FILES)
     return hashlib.sha256(f'{text}{ROOT}'.encode()).hexdigest()
 
 
@@ -107,7 +109,7 @@ def environment_ready() -> bool:
     """Return whether ``.venv`` was finished with the present pins and is still whole."""
     if not stamped(STAMP):
         return False
-    wanted = [line for path in sorted(REQUIREMENTS.glob('*.txt')) for line in pins(path.name)]
+    wanted = [line for file in FILES for line in pins(file)]
     return venv_runs('-c', PROBE, str(ROOT), *wanted)
 
 

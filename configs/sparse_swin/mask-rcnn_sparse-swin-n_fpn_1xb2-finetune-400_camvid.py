@@ -4,13 +4,11 @@ _base_ = [
     '../_base_/datasets/camvid_instance.py',
     '../_base_/schedules/det_sparse-4e.py',
     '../_base_/det_runtime.py',
+    '../_base_/schedules/iters_400.py',
 ]
 model = dict(backbone=dict(type='mmdynsparse.SparseSwinTransformer', sparsity=dict(keep_ratio=0.7)))
 optim_wrapper = dict(optimizer=dict(lr=3e-4))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=20),
-    dict(type='PolyLR', eta_min=1e-6, power=1.0, by_epoch=False, begin=20, end=400),
-]
+param_scheduler = _base_.scheduler_400
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=400, val_interval=400)
 default_hooks = dict(
     logger=dict(log_metric_by_epoch=False), checkpoint=dict(by_epoch=False, interval=400)

@@ -4,16 +4,14 @@ _base_ = [
     '../_base_/datasets/camvid.py',
     '../_base_/schedules/seg_sparse-16k.py',
     '../_base_/seg_runtime.py',
+    '../_base_/schedules/iters_400.py',
 ]
 model = dict(
     data_preprocessor=dict(size=(256, 256)),
     backbone=dict(type='mmdynsparse.SparseSwinTransformer', sparsity=dict(keep_ratio=0.7)),
 )
 optim_wrapper = dict(optimizer=dict(lr=6e-4, weight_decay=0.05))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=20),
-    dict(type='PolyLR', eta_min=1e-6, power=1.0, by_epoch=False, begin=20, end=400),
-]
+param_scheduler = _base_.scheduler_400
 train_cfg = dict(max_iters=400, val_interval=400)
 default_hooks = dict(checkpoint=dict(interval=400))
 custom_hooks = [

@@ -11,6 +11,8 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from ... import registry  # noqa: F401, tells mmengine where mmdynsparse:: is
+
 EXTRAS = {'mmseg': 'seg', 'mmdet': 'det'}
 
 

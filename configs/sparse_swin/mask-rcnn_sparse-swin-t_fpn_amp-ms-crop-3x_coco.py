@@ -1,2 +1,0 @@
-_base_ = './mask-rcnn_sparse-swin-t_fpn_ms-crop-3x_coco.py'
-optim_wrapper = dict(type='AmpOptimWrapper')

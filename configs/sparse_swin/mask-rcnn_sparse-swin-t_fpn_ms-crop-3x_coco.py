@@ -1,6 +1,0 @@
-_base_ = [
-    '../_base_/models/mask-rcnn_sparse-swin-t_fpn.py',
-    '../_base_/datasets/coco_instance_ms-crop.py',
-    '../_base_/schedules/det_3x.py',
-    '../_base_/det_runtime.py',
-]
