@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import DATASETS, METRICS, PARAM_SCHEDULERS
+from mmengine.registry import DATASETS, METRICS, PARAM_SCHEDULERS, DefaultScope
 from mmengine.runner import Runner
 
 from mmdynsparse.analysis import dense_config
@@ -401,7 +401,8 @@ def test_one_stage_detectors_differ_from_stock_in_sparse_parts(path):
     if path.name not in STOCK_ONE_STAGE:
         return
     expected = plain(stock_config('mmdet', STOCK_ONE_STAGE[path.name]).model.to_dict())
-    model = plain(dense_config(model).model)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = plain(dense_config(model).model)
     for backbone in (model['backbone'], expected['backbone']):
         for key in ('num_stages', 'out_indices', 'style'):
             backbone.pop(key, None)
