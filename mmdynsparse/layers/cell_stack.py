@@ -65,7 +65,7 @@ def run_everywhere(branch: Branch, x_BCHW: Tensor, mask_B1HW: Tensor | None = No
         x_BCHW = _layer(conv, x_BCHW, inside, halo=0)
         if mask_B1HW is not None:
             x_BCHW = x_BCHW * mask_B1HW.to(x_BCHW.dtype)
-    return [predictor(x_BCHW) for predictor in branch.predictors]
+    return [convolve(x_BCHW, predictor) for predictor in branch.predictors]
 
 
 def run_in_cells(branch: Branch, x_BCHW: Tensor, cells: KeptCells) -> list[Tensor]:

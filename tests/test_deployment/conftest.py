@@ -114,8 +114,10 @@ def detector(kind: str) -> nn.Module:
 def _randomize(model: nn.Module) -> None:
     """Give norms statistics, and predictors clear preferences, as a training would."""
     for name, tensor in model.state_dict().items():
-        if name.endswith(('running_var', 'running_mean')):
+        if name.endswith('running_var'):
             tensor.copy_(torch.rand_like(tensor) + 0.5)
+        elif name.endswith('running_mean'):
+            tensor.copy_(torch.rand_like(tensor) - 0.5)
         elif 'predictor' in name and tensor.ndim > 1:
             tensor.copy_(torch.randn_like(tensor) * 0.5)
 

@@ -97,7 +97,6 @@ def test_a_head_that_follows_the_backbone(exported) -> None:
     np.testing.assert_allclose(out, in_torch(model, images), rtol=0, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason='exported, the head keeps other cells than in torch')
 @pytest.mark.parametrize('kind', ['Retina', pytest.param('ATSS', marks=pytest.mark.slow)])
 def test_a_one_stage_head_in_kept_cells(exported, kind: str) -> None:
     model = detector(kind)
