@@ -1,9 +1,9 @@
 """A stack of 3 x 3 convolutions that reads and writes the kept cells of a map alone.
 
 Each layer gathers the halo of its tiles from the outputs of the layer before, so nothing is
-computed twice; a halo that is as wide as the stack is deep is gathered once, but doubles the work in
-cells of 8 x 8 positions. From the second layer on, what lies in dropped cells reads as zero, like
-the padding of the map. Dimension letters: B images, K kept cells of g x g positions, C channels,
+computed twice; a halo that is as wide as the stack is deep is gathered once, but doubles the work
+in cells of 8 x 8 positions. From the second layer on, what lies in dropped cells reads as zero,
+like the padding of the map. Dimension letters: B images, K kept cells of g x g positions, C channels,
 D groups of channels, G = g + 2.
 """
 
