@@ -3,8 +3,8 @@
 Each layer gathers the halo of its tiles from the outputs of the layer before, so nothing is
 computed twice; a halo that is as wide as the stack is deep is gathered once, but doubles the work
 in cells of 8 x 8 positions. From the second layer on, what lies in dropped cells reads as zero,
-like the padding of the map. Dimension letters: B images, K kept cells of g x g positions, C channels,
-D groups of channels, G = g + 2.
+like the padding of the map. Dimension letters: B images, K kept cells of g x g positions,
+C channels, D groups of channels, G = g + 2.
 """
 
 from collections.abc import Sequence
