@@ -126,7 +126,7 @@ def test_bad_values_name_argument_range_and_value(cfg, message):
     [
         (0.5, r"sparsity must be None or a dict with the keys \('keep_ratio', .*, got 0.5"),
         ([0.5], r'sparsity must be None or a dict .*, got \[0.5\]'),
-        (dict(keep_ratio=[0.5]), r'keep_ratio must be a number in \(0, 1\], got \[0.5\]'),
+        (dict(keep_ratio=[0.5, 0.5]), r'keep_ratio must be a number in \(0, 1\], got \[0.5, 0.5\]'),
         (dict(keep_ratio=0.5, predictor=3), "predictor must be a config or 'backbone', got 3"),
         (dict(keep_ratio=0.5, predictor={}), r"a config or 'backbone', got \{\}"),
         (dict(keep_ratio=0.5, cell_size='8'), "cell_size must be an even number .*, got '8'"),

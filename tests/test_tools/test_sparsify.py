@@ -134,7 +134,7 @@ def test_lazy_style(load_tool: Callable, dense_config: Callable, tmp_path: Path)
     assert cfg.model.neck.sparsity == dict(keep_ratio=0.6)
     init_default_scope('mmdet')
     model = MODELS.build(cfg.model)
-    assert len(keep_ratios(model)) == 2
+    assert len(keep_ratios(model)) == 4  # backbone, neck, proposals, masks
 
 
 def test_inherits_from_several_bases(
