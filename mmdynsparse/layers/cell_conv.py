@@ -35,13 +35,11 @@ class KeptCells(NamedTuple):
         index: (K,) int64, their sorted positions in the flattened (B * N) batch of cells.
         rows: What they hold and read, with a halo of 1.
         size: Side g of a cell, in positions.
-        image: (K,) int64, the image of each.
     """
 
     index: Tensor
     rows: CellRows
     size: int
-    image: Tensor
 
     def tiles_of_map(self, x_BCHW: Tensor) -> Tensor:
         """Return the cells of a map with their halo, (K, C, g + 2, g + 2)."""
@@ -95,7 +93,7 @@ def kept_cells(plan: Plan, x_BCHW: Tensor, level: int = 0) -> KeptCells:
     size = plan.decision.cell_size >> level
     with region('gather'):
         rows = cell_rows(plan.kept, x_BCHW.shape[0], tuple(x_BCHW.shape[2:]), size, halo=1)
-    return KeptCells(plan.kept, rows, size, plan.kept // plan.decision.mask.shape[1])
+    return KeptCells(plan.kept, rows, size)
 
 
 def pointwise_rows(rows_RC: Tensor, module: ConvModule) -> Tensor:

@@ -157,10 +157,11 @@ def kept_group_norm(x_KCgg: Tensor, norm: nn.GroupNorm, inside: Inside) -> Tenso
 
 
 def _inside(x_BCHW: Tensor, cells: KeptCells) -> Inside:
-    batch, positions = x_BCHW.shape[0], x_BCHW[:, 0].numel()
-    mask = cells.rows.inner.view(-1, 1, cells.size, cells.size) < positions
+    batch, of_image = x_BCHW.shape[0], x_BCHW[0, 0].numel()
+    rows_Kgg = cells.rows.inner.view(-1, 1, cells.size, cells.size)
+    image_K = rows_Kgg[:, 0, 0, 0] // of_image  # the first position is within the map
     number_B1 = torch.arange(batch, device=x_BCHW.device).unsqueeze(1)
-    return Inside(mask.float(), (cells.image == number_B1).float())
+    return Inside((rows_Kgg < batch * of_image).float(), (image_K == number_B1).float())
 
 
 def _halo_rows(x_BCHW: Tensor, cells: KeptCells) -> Tensor:

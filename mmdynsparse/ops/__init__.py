@@ -19,7 +19,7 @@ from .linear import linear
 from .regions import REGIONS, region
 from .resize import enlarge_cells, enlarge_rows
 from .roi_align import roi_align
-from .rows import is_exporting, plain_inference, put_rows
+from .rows import is_exporting, plain_float32, plain_inference, put_rows
 from .select import (
     CLAMPED,
     SELECTORS,

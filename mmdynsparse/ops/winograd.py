@@ -3,22 +3,24 @@
 Source: Lavin and Gray, *Fast Algorithms for Convolutional Neural Networks* (CVPR 2016,
 arXiv 1509.09308), F(4 x 4, 3 x 3): kernels and windows of 6 x 6 inputs are evaluated, as
 polynomials, at six points in each direction, multiplied there, and interpolated to 4 x 4 outputs.
-The points are our choice: the error is less than half of that with 0, 1, -1, 2, -2 and infinity.
+The points are our choice.
 Dimension letters: B images, C input and O output channels, N windows.
 """
+
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .caching import cached
 from .rows import is_exporting, plain_float32
 
 _POINTS = (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)  # and infinity
 _OUT, _IN = 4, 6  # outputs and inputs of a window, in each direction
-# Below these, transforming costs more than it saves (benchmarks/convolutions.py).
-_CHANNELS, _WINDOWS = 96, 64
+# Below these transforming costs about what it saves (benchmarks/convolutions.py): channels, windows
+# in all, and the share of their outputs that is within the map.
+_CHANNELS, _WINDOWS, _USED = 96, 96, 0.8
 _CHUNK = 2**22  # numbers of an intermediate result: larger ones cost page faults
 
 
@@ -68,26 +70,37 @@ def _pays(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> bool:
-    if not (plain_float32(x) or (is_exporting() and x.dtype == torch.float32)):
+    exported = is_exporting() and x.device.type == 'cpu' and x.dtype == torch.float32
+    if not (exported or plain_float32(x)):
         return False
     if weight.shape[2:] != (3, 3) or stride != (1, 1) or dilation != (1, 1):
         return False
     if padding[0] != padding[1] or min(weight.shape[:2]) < _CHANNELS:
         return False
-    rows, columns = (_windows(side, padding[0]) for side in x.shape[2:])
-    # An exported batch may be of any size; asking must not fix it.
-    enough = statically_known_true(x.shape[0] * rows * columns >= _WINDOWS)
-    return enough and min(rows, columns) > 0
+    sides = [side + 2 * padding[0] - 2 for side in x.shape[2:]]
+    windows = prod(_windows(side) for side in sides)
+    used = min(sides) > 0 and prod(sides) >= _USED * windows * _OUT**2
+    return used and _at_least(x.shape[0] * windows, _WINDOWS)
 
 
-def _windows(side: int, padding: int) -> int:
-    return -(-(side + 2 * padding - 2) // _OUT)
+def _at_least(count: int | torch.SymInt, least: int) -> bool:
+    """Whether a number is as large; one that depends on an exported batch must not become fixed."""
+    if isinstance(count, int):
+        return count >= least
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes half a second
+
+    return statically_known_true(count >= least)
+
+
+def _windows(outputs: int) -> int:
+    return -(-outputs // _OUT)
 
 
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """Return the convolution (B, O, H', W') of maps (B, C, H, W), channels last in memory."""
     (batch, channels, h, w), outs = x.shape, weight.shape[0]
-    rows, columns = _windows(h, padding), _windows(w, padding)
+    out_h, out_w = h + 2 * padding - 2, w + 2 * padding - 2
+    rows, columns = _windows(out_h), _windows(out_w)
     height, width = rows * _OUT + 2, columns * _OUT + 2
     if (height, width) != (h, w):
         x = F.pad(x, (padding, width - w - padding, padding, height - h - padding))
@@ -102,7 +115,7 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> T
         for place, part in zip(out.split(at_once), windows.split(at_once, dim=1), strict=True):
             place.copy_(_outputs(table, part, kernels, bias))
     out = out.reshape(batch, rows * _OUT, columns * _OUT, outs)
-    out = out[:, : h + 2 * padding - 2, : w + 2 * padding - 2].permute(0, 3, 1, 2)
+    out = out[:, :out_h, :out_w].permute(0, 3, 1, 2)
     return out.contiguous(memory_format=torch.channels_last)
 
 

@@ -14,7 +14,7 @@ def inference():
         yield
 
 
-def _inputs(batch=1, channels=96, hw=(32, 33), outs=100):
+def _inputs(batch=1, channels=96, hw=(40, 41), outs=100):
     torch.manual_seed(0)
     x = torch.randn(batch, channels, *hw).relu_()
     return x, torch.randn(outs, channels, 3, 3) / (9 * channels) ** 0.5, torch.randn(outs)
@@ -27,10 +27,19 @@ def _transformed(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize('padding', [0, 1, 2])
-@pytest.mark.parametrize('batch, hw', [(1, (32, 32)), (1, (31, 45)), (2, (47, 18)), (40, (10, 10))])
+@pytest.mark.parametrize(
+    'batch, hw, padding',
+    [
+        *(
+            (*shape, p)
+            for shape in [(1, (40, 40)), (1, (31, 52)), (2, (47, 26))]
+            for p in (0, 1, 2)
+        ),
+        (40, (10, 10), 0),
+    ],
+)
 @pytest.mark.parametrize('chunk', [2**22, 2**14])
-def test_it_equals_the_direct_form(padding, batch, hw, chunk, monkeypatch):
+def test_it_equals_the_direct_form(batch, hw, padding, chunk, monkeypatch):
     x, weight, bias = _inputs(batch, hw=hw)
     calls = _transformed(monkeypatch)
     monkeypatch.setattr(winograd, '_CHUNK', chunk)
@@ -67,13 +76,14 @@ def test_inputs_stay_as_they_are():
         dict(outs=95),
         dict(channels=64),
         dict(hw=(28, 28)),
-        dict(hw=(2, 200), padding=1),
+        dict(hw=(2, 400), padding=1),
+        dict(hw=(14, 14), batch=10, padding=1),
         dict(dtype=torch.float64),
     ],
 )
 def test_what_gains_nothing_is_direct(case, monkeypatch):
     calls = _transformed(monkeypatch)
-    shape = {name: case.pop(name) for name in ('outs', 'channels', 'hw') if name in case}
+    shape = {name: case.pop(name) for name in ('batch', 'outs', 'channels', 'hw') if name in case}
     dtype = case.pop('dtype', torch.float32)
     x, weight, bias = (value.to(dtype) for value in _inputs(**shape))
     assert torch.equal(conv2d(x, weight, bias, **case), F.conv2d(x, weight, bias, **case))
@@ -104,19 +114,31 @@ def test_multiply_adds_are_those_of_the_direct_form():
     x, weight, bias = _inputs()
     with FlopCounterMode(display=False) as counter:
         conv2d(x, weight, bias)
-    assert counter.get_total_flops() == 2 * 9 * 96 * 100 * 30 * 31
+    assert counter.get_total_flops() == 2 * 9 * 96 * 100 * 38 * 39
+
+
+class Conv(torch.nn.Conv2d):
+    """A convolution as the models have it."""
+
+    def forward(self, x):
+        return conv2d(x, self.weight, self.bias, padding=1)
+
+
+def _exported(device):
+    conv, x = Conv(96, 96, 3).eval().to(device), _inputs()[0].to(device)
+    program = torch.export.export(conv, (x,))
+    return conv, x, program, ' '.join(str(node.target) for node in program.graph.nodes)
 
 
 def test_an_exported_convolution_is_matrix_products():
-    class Conv(torch.nn.Conv2d):
-        def forward(self, x):
-            return conv2d(x, self.weight, self.bias, padding=1)
-
-    conv, (x, _, _) = Conv(96, 96, 3).eval(), _inputs()
-    program = torch.export.export(conv, (x,))
-    targets = {str(node.target) for node in program.graph.nodes}
-    assert not any('conv' in target or 'scatter' in target for target in targets)
+    conv, x, program, operators = _exported('cpu')
+    assert 'matmul' in operators
+    assert 'conv' not in operators and 'scatter' not in operators
     torch.testing.assert_close(program.module()(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
+
+
+def test_exported_for_another_device_it_is_direct():
+    assert 'conv2d' in _exported('meta')[-1]
 
 
 @pytest.mark.parametrize('hw', [(2, 2), (1, 40)])

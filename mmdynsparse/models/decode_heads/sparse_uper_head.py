@@ -151,8 +151,7 @@ class SparseUPerHead(UPerHead):
 
     def _laterals(self, maps: list[Tensor]) -> list[Tensor]:
         """Top-down path from the last level to the second one, which comes first."""
-        # Many channels of a small map: twice as fast if they are not channels last.
-        laterals = [self.psp_forward([maps[-1].contiguous()])]
+        laterals = [self.psp_forward(maps)]
         for x, conv in zip(maps[-2:0:-1], self.lateral_convs[:0:-1], strict=True):
             x = conv_module(conv, x)
             laterals.insert(0, x + self._enlarge(laterals[0], x))

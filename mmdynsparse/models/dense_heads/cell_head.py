@@ -6,6 +6,7 @@ says where the head has to look on a finer one is of QueryDet (Yang et al., CVPR
 Dimension letters: B images, N cells of an image.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -76,9 +77,9 @@ class CellHead:
         self.cell_size = cells.cell_size
         self.decider = Decider(cells, self.in_channels, falling=cells.predictor is None)
 
+    @abstractmethod
     def branches(self) -> list[Branch]:
         """Return the branches; the first prediction of the first one is the class scores."""
-        raise AssertionError('a subclass says so')
 
     def finish(self, level: int, outs: list[Tensor]) -> tuple[Tensor, ...]:
         """Return the head's outputs from the predictions of all branches, location by location."""

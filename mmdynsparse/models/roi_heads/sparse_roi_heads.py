@@ -16,7 +16,7 @@ from mmdet.structures.bbox import bbox2roi
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from ...ops import keep_all, plain_inference, roi_align
+from ...ops import keep_all, plain_float32, roi_align
 from ...registry import MODELS
 from ..decider import Decider
 from ..regions import decide_regions
@@ -111,9 +111,7 @@ class _RoIAlign(RoIAlign):
     """mmcv's layer, which at inference on a CPU in float32 is computed by matrix products."""
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        # A counter of multiply-adds shall see mmcv's form, and autocast would round products.
-        other = torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled('cpu')
-        if other or not plain_inference(input) or input.dtype != torch.float32:
+        if not plain_float32(input):
             return super().forward(input, rois)
         args = (self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
         return roi_align(input, rois, *args)

@@ -10,6 +10,8 @@ from mmdynsparse.models.decider import deciders
 from mmdynsparse.models.features import Features
 from mmdynsparse.ops import Decision, keep_all
 
+from .conftest import close, left_half, neck_maps, run
+
 pytest.importorskip('mmdet')
 
 STRIDES = [8, 16, 32, 64, 128]
@@ -47,12 +49,7 @@ every_head = pytest.mark.parametrize('kind', HEADS)
 
 
 def maps(hw=(32, 32)):
-    """Maps of a neck; each level halves the size and rounds up."""
-    torch.manual_seed(0)
-    sizes = [hw]
-    while len(sizes) < len(STRIDES):
-        sizes.append(tuple((side + 1) // 2 for side in sizes[-1]))
-    return tuple(torch.randn(2, 16, *size) for size in sizes)
+    return neck_maps(len(STRIDES), hw)
 
 
 def build(kind, sparsity=None, dense=False, **kwargs):
@@ -86,22 +83,7 @@ def dense_of(head, kind, **kwargs):
 
 
 def features(ratio=0.5):
-    """Maps with the decision that keeps the left half of the first image, nothing of the other."""
-    masks = torch.zeros(2, 4, 4)
-    masks[0, :, :2] = 1
-    decision = Decision(masks.flatten(1), torch.zeros(2, 16), (32, 32), ratio, 8)
-    return Features(maps(), [decision])
-
-
-def run(head, x, execution='gather'):
-    head.decider.execution = execution
-    return head(x)
-
-
-def close(actual, expected):
-    for one, other in zip(actual, expected, strict=True):
-        for a, b in zip(one, other, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    return Features(maps(), [left_half(ratio)])
 
 
 @torch.no_grad()
