@@ -18,9 +18,11 @@ from .rows import is_exporting, plain_float32
 
 _POINTS = (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)  # and infinity
 _OUT, _IN = 4, 6  # outputs and inputs of a window, in each direction
-# Below these transforming costs about what it saves (benchmarks/convolutions.py): channels, windows
-# in all, and the share of their outputs that is within the map.
-_CHANNELS, _WINDOWS, _USED = 96, 96, 0.8
+# Below these numbers of channels, and of windows in all, transforming costs about what it saves
+# (benchmarks/convolutions.py). An exported kernel is transformed once, but its runtime convolves
+# few channels faster.
+_EAGER, _EXPORTED = (96, 96), (256, 64)
+_USED = 0.8  # share of the windows' outputs that must be within the map
 _CHUNK = 2**22  # numbers of an intermediate result: larger ones cost page faults
 
 
@@ -75,12 +77,13 @@ def _pays(
         return False
     if weight.shape[2:] != (3, 3) or stride != (1, 1) or dilation != (1, 1):
         return False
-    if padding[0] != padding[1] or min(weight.shape[:2]) < _CHANNELS:
+    channels, least = _EXPORTED if exported else _EAGER
+    if padding[0] != padding[1] or min(weight.shape[:2]) < channels:
         return False
     sides = [side + 2 * padding[0] - 2 for side in x.shape[2:]]
     windows = prod(_windows(side) for side in sides)
     used = min(sides) > 0 and prod(sides) >= _USED * windows * _OUT**2
-    return used and _at_least(x.shape[0] * windows, _WINDOWS)
+    return used and _at_least(x.shape[0] * windows, least)
 
 
 def _at_least(count: int | torch.SymInt, least: int) -> bool:

@@ -125,7 +125,7 @@ class Conv(torch.nn.Conv2d):
 
 
 def _exported(device):
-    conv, x = Conv(96, 96, 3).eval().to(device), _inputs()[0].to(device)
+    conv, x = Conv(256, 256, 3).eval().to(device), _inputs(channels=256)[0].to(device)
     program = torch.export.export(conv, (x,))
     return conv, x, program, ' '.join(str(node.target) for node in program.graph.nodes)
 
