@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..deployment.export import describe, export_model
 from ..deployment.graph import build_graph
 from ..deployment.runtime import BACKENDS as RUNTIMES
-from ..deployment.runtime import Session
+from ..deployment.runtime import PACKAGE, Session
 from ..models.decider import keep_ratios
 from .benchmark import DENSE, Plan
 from .dense import Pair
@@ -20,7 +21,8 @@ from .execution import with_keep_ratio
 from .latency import compare_latency
 from .report import print_table
 
-BACKENDS = ('torch', *RUNTIMES)
+INT8 = 'onnxruntime-int8'
+BACKENDS = ('torch', *RUNTIMES, INT8)
 
 
 def run_backends(pair: Pair, plan: Plan, backends: Sequence[str]) -> Iterator[list[dict]]:
@@ -96,14 +98,17 @@ def _calls(
     """Yield torch's call of a model, and that of each runtime."""
     graph = build_graph(model, images.shape[2:], part=part)
     yield 'torch', partial(_in_torch, graph, torch.from_numpy(images))
-    if not set(backends) & set(RUNTIMES):
-        return
-    from ..deployment.export import describe, export_onnx  # needs onnx
-
-    path = folder / f'{len(list(folder.iterdir()))}.onnx'
-    export_onnx(graph, path, describe(graph, None), len(images))
-    for backend in [name for name in backends if name in RUNTIMES]:
-        session = Session(path, backend, torch.get_num_threads())
+    folder = Path(mkdtemp(dir=folder))
+    for backend in [name for name in backends if name != 'torch']:
+        runtime, _, bits = backend.partition('-')
+        suffix = PACKAGE if runtime == 'aotinductor' else '.onnx'
+        path = folder / f'{bits or "float"}{suffix}'
+        if not path.exists():
+            calibration = images.transpose(0, 2, 3, 1) if bits else ()
+            export_model(
+                graph, path, describe(graph, None), len(images), calibration=list(calibration)
+            )
+        session = Session(path, runtime, torch.get_num_threads())
         yield backend, partial(session, images)
 
 

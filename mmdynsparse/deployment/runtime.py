@@ -1,4 +1,4 @@
-"""Exported models in the runtimes. Imports neither torch nor OpenMMLab."""
+"""Exported models in the runtimes. ONNX needs neither torch nor OpenMMLab here."""
 
 import json
 import os
@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-BACKENDS = ('onnxruntime', 'openvino')
+BACKENDS = ('onnxruntime', 'openvino', 'aotinductor')
+PACKAGE = '.pt2'  # suffix of AOTInductor's files
 # Entry of the file's metadata that holds ``Metadata`` as JSON.
 METADATA_KEY = 'mmdynsparse'
 
 
 class Metadata(NamedTuple):
-    """What a file of ``export_onnx`` knows of its model.
+    """What an exported file knows of its model.
 
     Attributes:
         outputs: Names of the outputs: 'logits' or 'mask' of a segmentor, or those of a detector's
@@ -45,42 +46,50 @@ class Metadata(NamedTuple):
 
 
 class Session:
-    """An ONNX file in one of the runtimes.
+    """An exported model in one of the runtimes.
 
     Args:
-        path: The file.
-        backend: One of ``BACKENDS``. Defaults to 'onnxruntime'.
-        threads: Threads of one call. Defaults to None, the runtime's own choice.
+        path: The file, of ONNX or a package of AOTInductor (.pt2).
+        backend: One of ``BACKENDS``. Defaults to None, 'aotinductor' for a package, else
+            'onnxruntime'.
+        threads: Threads of one call; with AOTInductor those of torch in this process. Defaults to
+            None, the runtime's own choice.
 
     Attributes:
         metadata: What the file says of the model.
 
     Raises:
-        ValueError: If the backend is unknown or not installed, or the file is not one of
-            ``export_onnx``.
+        ValueError: If the backend is unknown, not installed or not one for this file, or
+            ``export_onnx.py`` did not write it.
     """
 
     def __init__(
-        self, path: str | os.PathLike, backend: str = 'onnxruntime', threads: int | None = None
+        self, path: str | os.PathLike, backend: str | None = None, threads: int | None = None
     ) -> None:
+        is_package = os.fspath(path).endswith(PACKAGE)
+        backend = backend or ('aotinductor' if is_package else 'onnxruntime')
         if backend not in BACKENDS:
             raise ValueError(f'backend must be one of {BACKENDS}, got {backend!r}')
         if threads is not None and threads < 1:
             raise ValueError(f'threads must be at least 1, got {threads}')
+        if is_package != (backend == 'aotinductor'):
+            kind = PACKAGE if backend == 'aotinductor' else '.onnx'
+            raise ValueError(f'path must end in {kind!r} for {backend}, got {str(path)!r}')
         if not os.path.isfile(path):
             raise ValueError(f'path must be an existing file, got {str(path)!r}')
-        load = _onnxruntime if backend == 'onnxruntime' else _openvino
-        extra = 'export' if backend == 'onnxruntime' else 'openvino'
+        load, needed = _LOADERS[backend]
         try:
             self._run, text = load(os.fspath(path), threads)
         except ImportError as error:
             raise ValueError(
-                f'backend {backend!r} must be installed: pip install mmdynsparse[{extra}] '
+                f'backend {backend!r} must be installed: pip install {needed} '
                 f'(got {type(error).__name__}: {error})'
             ) from None
         except Exception as error:
             reason = ' '.join(str(error).split())[:200]
-            raise ValueError(f'path must be an ONNX file, got {str(path)!r} ({reason})') from error
+            raise ValueError(
+                f'path must be a file that {backend} opens, got {str(path)!r} ({reason})'
+            ) from error
         if text is None:
             raise ValueError(f'path must be a file of export_onnx.py, got {str(path)!r}')
         entries = json.loads(text)
@@ -97,8 +106,8 @@ class ExportedSegmentor:
 
     Args:
         path: A file of ``export_onnx.py``, or one that has been opened.
-        backend: 'onnxruntime' or 'openvino'. Defaults to 'onnxruntime'.
-        threads: Threads of one call. Defaults to None, the runtime's own choice.
+        backend: As of :class:`Session`. Defaults to None.
+        threads: As of :class:`Session`. Defaults to None.
 
     Attributes:
         metadata: Classes, palette and what else the file knows of the model.
@@ -110,7 +119,7 @@ class ExportedSegmentor:
     def __init__(
         self,
         path: 'str | os.PathLike | Session',
-        backend: str = 'onnxruntime',
+        backend: str | None = None,
         threads: int | None = None,
     ) -> None:
         self._session = path if isinstance(path, Session) else Session(path, backend, threads)
@@ -236,3 +245,24 @@ def _openvino(path: str, threads: int | None) -> tuple[Callable, str | None]:
         return list(compiled.create_infer_request().infer({0: images}).values())
 
     return run, text
+
+
+def _aotinductor(path: str, threads: int | None) -> tuple[Callable, str | None]:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    package = torch._inductor.aoti_load_package(path)
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        return [x.numpy() for x in package(torch.from_numpy(images))]
+
+    return run, package.loader.get_metadata().get(METADATA_KEY)
+
+
+# What opens a file, and what of pip has it.
+_LOADERS = {
+    'onnxruntime': (_onnxruntime, 'mmdynsparse[export]'),
+    'openvino': (_openvino, 'mmdynsparse[openvino]'),
+    'aotinductor': (_aotinductor, 'torch'),
+}

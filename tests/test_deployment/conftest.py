@@ -133,17 +133,23 @@ def own_scope() -> None:
 @pytest.fixture(scope='session')
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Exports a model once for all tests and returns the file."""
-    from mmdynsparse.deployment.export import describe, export_onnx
+    from mmdynsparse.deployment.export import describe, export_model
     from mmdynsparse.deployment.graph import build_graph
 
     folder, files = tmp_path_factory.mktemp('exported'), {}
 
-    def export(name: str, model: nn.Module, argmax: bool = False, batch: int | None = 1) -> Path:
+    def export(
+        name: str,
+        model: nn.Module,
+        argmax: bool = False,
+        batch: int | None = 1,
+        suffix: str = '.onnx',
+    ) -> Path:
         if name not in files:
-            files[name] = folder / f'{name}.onnx'
+            files[name] = folder / f'{name}{suffix}'
             graph = build_graph(model, HW, argmax)
             meta = dict(classes=('a', 'b', 'c'), palette=[[0, 0, 0], [9, 9, 9], [7, 0, 7]])
-            export_onnx(graph, files[name], describe(graph, meta), batch)
+            export_model(graph, files[name], describe(graph, meta), batch)
         return files[name]
 
     return export

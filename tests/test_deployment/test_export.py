@@ -20,7 +20,7 @@ from mmdynsparse.deployment.export import (  # noqa: E402
     check_operators,
     check_output,
     describe,
-    export_onnx,
+    export_model,
 )
 
 
@@ -54,6 +54,22 @@ def test_outputs_equal_torch_for_any_batch(exported, backend: str) -> None:
     # A decision of random predictors that keeps everything, or nothing, would show little.
     kept = torch.cat([d.mask.flatten() for d in model.decode_head.decider.decisions])
     assert 0.2 < kept.mean() < 0.6
+
+
+@pytest.mark.slow
+def test_a_package_of_aotinductor_is_the_same_model(exported) -> None:
+    model = segmentor()
+    path = exported('package', model, batch=None, suffix='.pt2')
+    session = Session(path, threads=1)
+    for batch in (1, 3):
+        images = noise(batch, seed=batch)
+        (out,) = session(images)
+        np.testing.assert_allclose(out, in_torch(model, images), rtol=0, atol=1e-4)
+    assert session.metadata.classes == ['a', 'b', 'c'] and session.metadata.size == HW
+    image = noise(1)[0].transpose(1, 2, 0)
+    onnx_model = ExportedSegmentor(exported('dynamic', model, batch=None))
+    np.testing.assert_array_equal(ExportedSegmentor(path)(image), onnx_model(image))
+    assert not list(path.parent.glob('partial*'))
 
 
 def test_the_graph_has_no_loops_and_knows_its_model(exported) -> None:
@@ -188,10 +204,10 @@ def test_bad_input(tmp_path: Path) -> None:
     there = tmp_path / 'there.onnx'
     there.write_text('mine')
     with pytest.raises(ValueError, match='out must not exist yet'):
-        export_onnx(graph, there, metadata)
+        export_model(graph, there, metadata)
     assert there.read_text() == 'mine'
     with pytest.raises(ValueError, match='opset must be at least 18, got 17'):
-        export_onnx(graph, tmp_path / 'new.onnx', metadata, opset=17)
+        export_model(graph, tmp_path / 'new.onnx', metadata, opset=17)
     with pytest.raises(ValueError, match=r"out must end in '.onnx'"):
         check_output(tmp_path / 'model.pth')
     with pytest.raises(ValueError, match='out must be in an existing folder'):
@@ -200,6 +216,10 @@ def test_bad_input(tmp_path: Path) -> None:
         check_operators([('', 'Add'), ('', 'Loop'), ('', 'SequenceInsert'), ('other', 'Add')])
     with pytest.raises(ValueError, match='backend must be one of'):
         Session(there, 'tensorrt')
+    with pytest.raises(ValueError, match=r"path must end in '.pt2' for aotinductor, got"):
+        Session(there, 'aotinductor')
+    with pytest.raises(ValueError, match=r"path must end in '.onnx' for openvino, got"):
+        Session(tmp_path / 'model.pt2', 'openvino')
     with pytest.raises(ValueError, match='path must be an existing file'):
         Session(tmp_path / 'nowhere.onnx')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['there.onnx']

@@ -1,9 +1,10 @@
-"""Exports a model to ONNX: a segmentor whole, a detector up to its dense head."""
+"""Exports a model: a segmentor whole, a detector up to its dense head."""
 
 import argparse
 import time
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -11,6 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmdynsparse import set_budget
+from mmdynsparse.deployment.export import check_output, describe, export_model
 from mmdynsparse.deployment.graph import build_graph
 from mmdynsparse.deployment.runtime import Metadata, Session, fit
 from mmdynsparse.utils.checkpoints import check_weights, read_checkpoint
@@ -24,7 +26,9 @@ def build_parser() -> ToolParser:
     parser = ToolParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out', required=True, help='file to write, FILE.onnx')
+    parser.add_argument(
+        '--out', required=True, help='file to write: FILE.onnx, or FILE.pt2 compiled by AOTInductor'
+    )
     parser.add_argument(
         '--size',
         type=image_size,
@@ -40,6 +44,13 @@ def build_parser() -> ToolParser:
     )
     parser.add_argument(
         '--verify', nargs='+', default=(), metavar='IMAGE', help='compare with torch on these'
+    )
+    parser.add_argument(
+        '--int8',
+        nargs='+',
+        default=(),
+        metavar='IMAGE',
+        help='quantize to 8 bits for ONNX Runtime, with the ranges that these images give',
     )
     parser.add_argument(
         '--opset', type=at_least(18), default=20, help="version of ONNX's operators"
@@ -84,8 +95,6 @@ def choose_size(args: argparse.Namespace, cfg: Config) -> tuple[int, int]:
 
 def verify(graph: nn.Module, path: str, metadata: Metadata, images: Sequence[str]) -> None:
     """Prints how far the file's outputs are from torch's, for each image."""
-    import cv2
-
     session = Session(path)
     for name in images:
         inputs, _ = fit(cv2.imread(name), metadata)
@@ -109,26 +118,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = build_parser().parse(argv)
     with one_line_errors():
-        try:
-            from mmdynsparse.deployment.export import (
-                check_output,
-                describe,
-                export_onnx,
-            )
-        except ImportError as error:
-            raise ValueError(
-                'export needs onnx, onnxscript and onnxruntime: pip install mmdynsparse[export] '
-                f'(got {type(error).__name__}: {error})'
-            ) from None
         check_output(args.out)
-        for image in args.verify:
-            check_image(image, '--verify')
+        for option in ('verify', 'int8'):
+            for image in getattr(args, option):
+                check_image(image, f'--{option}')
         cfg = load_config(args)
         size = choose_size(args, cfg)
         model, meta = load_model(args, cfg)
         graph = build_graph(model, size, args.argmax)
         metadata, start = describe(graph, meta), time.time()
-        export_onnx(graph, args.out, metadata, args.batch, args.opset)
+        images = [cv2.imread(name) for name in args.int8]
+        export_model(graph, args.out, metadata, args.batch, args.opset, images)
         print(f'{args.out}: {len(graph.outputs)} outputs, images {size[0]}x{size[1]}, ', end='')
         print(f'batch {args.batch or "dynamic"}, exported in {time.time() - start:.0f} s')
         verify(graph, args.out, metadata, args.verify)

@@ -20,7 +20,7 @@ def build_parser() -> ToolParser:
     parser.add_argument('config', help='config file')
     parser.add_argument('file', help='file of export_onnx.py')
     parser.add_argument('checkpoint', nargs='?', help='of a two-stage detector, for its RoI heads')
-    parser.add_argument('--backend', choices=BACKENDS, default='onnxruntime')
+    parser.add_argument('--backend', choices=BACKENDS, help='defaults to onnxruntime for ONNX')
     parser.add_argument('--threads', type=at_least(1), help='of a call')
     parser.add_argument('--work-dir', help='folder of logs and metrics')
     parser.add_cfg_options()
