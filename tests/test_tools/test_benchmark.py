@@ -185,7 +185,7 @@ def test_bad_models(tool: str, fails: Callable, write_config: Callable, tmp_path
 def test_dense_checkpoint(
     tool: str, load_tool: Callable, write_config: Callable, tmp_path: Path, capsys
 ) -> None:
-    """As in draw_keep_maps.py, the predictors are random, and it says so."""
+    """The predictors are random, and it says so."""
     config = write_config('seg')
     cfg = Config.fromfile(config)
     init_default_scope(cfg.default_scope)
