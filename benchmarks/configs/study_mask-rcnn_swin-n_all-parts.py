@@ -1,5 +1,5 @@
-# The same with all parts sparse: half of the cells of FPN and RPN, 30% of the proposals, half of the
-# masks at full resolution. Cells are half as large as usual, because images and objects are small.
+# The same with all parts sparse: half of the cells of FPN and RPN, 30% of the proposals, half of
+# the masks at full resolution. Cells are half as large as usual: images and objects are small.
 _base_ = './study_mask-rcnn_swin-n.py'
 model = dict(
     neck=dict(type='mmdynsparse.SparseFPN', sparsity=dict(keep_ratio=0.5, cell_size=4)),
