@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from ..models.decider import deciders
 from .graph import BackboneGraph, DetectorGraph, SegmentorGraph
@@ -72,7 +72,8 @@ def export_model(
 
     Raises:
         ValueError: If the file exists, an argument is out of range, what writes the file is not
-            installed, or the graph has operators that loop, or that are not ONNX's own.
+            installed, AOTInductor cannot compile the graph, or it has operators that loop, or
+            that are not ONNX's own.
     """
     path = check_output(path)
     if opset < 18:
@@ -134,8 +135,12 @@ def _compile(program: torch.export.ExportedProgram, path: Path, metadata: str) -
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs=configs
         )
-    except InvalidCxxCompiler as error:
-        raise ValueError(f'a C++ compiler must be installed (got {error})') from None
+    except (InvalidCxxCompiler, InductorError) as error:
+        # A stock Swin, for one, with torch 2.11: pytorch/pytorch#179135.
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(
+            f'AOTInductor must find a C++ compiler and compile the model, got {reason}'
+        ) from error
 
 
 def check_output(path: str | os.PathLike) -> Path:
