@@ -40,7 +40,7 @@ model = dict(
         norm_cfg=dict(type='BN'),
         align_corners=False,
         # Objects fill few of the pixels.
-        loss_decode=dict(type='CrossEntropyLoss', class_weight=[1, 1, 1, 1, 2, 2, 2, 4, 8]),
+        loss_decode=dict(type='CrossEntropyLoss', class_weight=[1, 1, 1, 1, 2, 2, 5, 10, 10]),
     ),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'),
@@ -58,6 +58,8 @@ train_dataloader = dict(
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='LoadAnnotations'),
+            # From whole scenes, as pyramid pooling sees them in tests, to enlarged objects.
+            dict(type='RandomResize', scale=(512, 512), ratio_range=(0.45, 1.2), keep_ratio=True),
             dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
             dict(type='RandomFlip', prob=0.5),
             dict(type='PackSegInputs'),

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from ..models.decider import deciders
 from .graph import BackboneGraph, DetectorGraph, SegmentorGraph
@@ -129,6 +128,8 @@ def _write_onnx(
 
 
 def _compile(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler  # takes seconds
+
     # Frozen weights are constants, laid out and transformed once: 1.35 times as fast.
     configs = {'freezing': True, 'aot_inductor.metadata': {METADATA_KEY: metadata}}
     try:
