@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: quickstart quickstart-det test test-all benchmark lint docs setup clean
+.PHONY: quickstart quickstart-det test test-all fuzz gpu-check benchmark lint docs setup clean
 
 quickstart: setup
 	$(RUN) tools/quickstart.py seg
@@ -16,6 +16,15 @@ test: setup
 
 test-all: setup
 	$(RUN) -m pytest -m ''
+
+# 10,000 random models and inputs.
+fuzz: setup
+	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests/test_properties.py
+
+# What only a GPU can show, in at most 9 minutes; a second run does what is missing.
+OUT ?= work_dirs/gpu_check
+gpu-check: setup
+	$(RUN) tools/gpu_check.py --out $(OUT)
 
 benchmark: setup
 	$(RUN) tools/analysis_tools/benchmark.py \
