@@ -21,7 +21,7 @@ test-all: setup
 fuzz: setup
 	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests/test_properties.py
 
-# What only a GPU can show, in at most 9 minutes; a second run does what is missing.
+# What only a GPU can show; after 9 minutes no step starts, and a second run does what is missing.
 OUT ?= work_dirs/gpu_check
 gpu-check: setup
 	$(RUN) tools/gpu_check.py --out $(OUT)

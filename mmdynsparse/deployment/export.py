@@ -130,7 +130,7 @@ def _write_onnx(
 def _compile(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
     from torch._inductor.exc import InductorError, InvalidCxxCompiler  # takes seconds
 
-    # Frozen weights are constants, laid out and transformed once: 1.35 times as fast.
+    # Frozen weights are constants, which are laid out and transformed once.
     configs = {'freezing': True, 'aot_inductor.metadata': {METADATA_KEY: metadata}}
     try:
         torch._inductor.aoti_compile_and_package(

@@ -9,7 +9,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 # Convolutions and linear layers. Attention's products and Winograd's form, both MatMul, stay in
-# float32: quantizing them gains little and costs accuracy.
+# float32.
 OPERATORS = ['Conv', 'Gemm']
 
 
