@@ -486,7 +486,7 @@ def test_selections_are_as_many_and_the_best(case, ratio, selector, limits, limi
     mask, probs = decision.mask, log_probs[..., 0].exp()
     assert ((mask == 0) | (mask == 1)).all()
     number = mask.sum(1)
-    if selector in ('topk', 'random'):
+    if selector in ('topk', 'sampled', 'random'):
         assert number.tolist() == [num_kept(n, ratio)] * len(mask)
     if selector == 'threshold':
         assert torch.equal(mask, (probs > 0.5).float())
@@ -497,7 +497,7 @@ def test_selections_are_as_many_and_the_best(case, ratio, selector, limits, limi
         assert ((mask * probs).sum(1) >= ratio * probs.sum(1) * (1 - 1e-5)).all()
         worst = probs.masked_fill(mask == 0, torch.inf).amin(1)  # without it is less than the share
         assert ((mask * probs).sum(1) - worst <= ratio * probs.sum(1) * (1 + 1e-5)).all()
-    if selector != 'random':  # nothing dropped is better than anything kept
+    if selector not in ('sampled', 'random'):  # nothing dropped is better than anything kept
         worst = probs.masked_fill(mask == 0, torch.inf).amin(1)
         assert (probs.masked_fill(mask == 1, -torch.inf).amax(1) <= worst).all()
     kept, dropped = kept_and_dropped(decision)

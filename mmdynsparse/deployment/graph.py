@@ -164,10 +164,10 @@ def build_graph(
         )
     for name, decider in deciders(model).items():
         selector = decider.sparsity.selector
-        if selector != 'topk':
+        if selector not in ('topk', 'sampled'):
             raise ValueError(
-                f"sparsity.selector must be 'topk' in an exported model, which keeps the same "
-                f'number of locations in every image, got {selector!r} in {name}'
+                "sparsity.selector must be 'topk' or 'sampled' in an exported model, which keeps "
+                f'the same number of locations in every image, got {selector!r} in {name}'
             )
     if part == 'backbone':
         return BackboneGraph(model, size).eval()

@@ -223,7 +223,9 @@ class Decider(nn.Module):
             everything = keep_all(log_probs_BN2.shape[0], hw, log_probs_BN2.device, cell_size)
             return everything._replace(scores=log_probs_BN2[..., 0].float())
         among_ratio = 1.0 if among_BN is None else self.keep_ratios[index - 1]
-        return select_decision(log_probs_BN2, hw, ratio, selector, cell_size, among_BN, among_ratio)
+        return select_decision(
+            log_probs_BN2, hw, ratio, selector, cell_size, among_BN, among_ratio, place=index
+        )
 
     def decide_early(self, inputs: Sequence[Tensor], hw: tuple[int, int]) -> Decision | None:
         """Return a neck's or head's decision if it can be made before anything is computed.

@@ -30,8 +30,9 @@ class Sparsity:
         schedule: 'subtract' (r, r - 0.2, r - 0.4) or 'power' (r, r^2, r^3), for a number as
             ``keep_ratio``. Defaults to 'subtract'.
         selector: How locations are selected at inference: 'topk' keeps a fixed share of each
-            image; 'threshold' (P(keep) > 0.5) and 'mass' (the fewest locations that hold
-            ``keep_ratio`` of the sum of P(keep)) and 'value' (P(keep) of at least
+            image; 'sampled' as many, with a fixed noise as that of training, so that each decision
+            drops other locations; 'threshold' (P(keep) > 0.5) and 'mass' (the fewest locations
+            that hold ``keep_ratio`` of the sum of P(keep)) and 'value' (P(keep) of at least
             ``1 / keep_ratio - 1`` times its mean) adapt to the image; 'random', in training too,
             is the control that shows what the predictors learn. dict(type='mass', least=0.1,
             most=1.0), or 'value', states the smallest and the largest share of all locations that

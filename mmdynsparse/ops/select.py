@@ -119,6 +119,7 @@ def select_decision(
     cell_size: int = 1,
     among_BN: Tensor | None = None,
     among_ratio: float = 1.0,
+    place: int = 0,
 ) -> Decision:
     """Select the kept cells of each image at inference.
 
@@ -134,6 +135,7 @@ def select_decision(
             'value' is ``ratio / among_ratio``: 'mass' keeps so much of the sum of P(keep) of these
             cells, so that cells of equal probability are kept in the same number as by 'topk'.
             Defaults to 1.
+        place: Number of the decision, for 'sampled'. Defaults to 0.
 
     Raises:
         ValueError: If a score is NaN. On an accelerator the device assertion that stops the
@@ -147,6 +149,8 @@ def select_decision(
         limits = dict(type=selector) if isinstance(selector, str) else dict(selector)
         name = limits.pop('type')
         share = min(ratio / among_ratio, 1.0) if name in CLAMPED else ratio
+        if name == 'sampled':
+            limits['place'] = place
         mask_BN = SELECTORS[name](scores_BN, share, **limits)
         count = num_kept(mask_BN.shape[1], ratio) if name in FIXED_BUDGET else None
         return Decision(mask_BN, scores_BN, hw, ratio, cell_size, count)
@@ -194,9 +198,7 @@ def resize_scores(
     Returns:
         (B, N', 2) log-probabilities [keep, drop], one pair for each cell.
     """
-    scores_BN = scores_BN.float().clamp(-20.0, -1e-6)
-    logits = scores_BN - (-scores_BN.expm1()).log()
-    logits = logits.unflatten(1, hw).unsqueeze(1)
+    logits = log_odds(scores_BN).unflatten(1, hw).unsqueeze(1)
     if new_hw[0] > hw[0] or new_hw[1] > hw[1]:
         logits = F.interpolate(logits, new_hw, mode='bilinear')
     elif new_hw != hw:
@@ -255,6 +257,30 @@ def value_mask(scores_BN: Tensor, share: float, least: float = 0.0, most: float 
     return _clamped(scores_BN, order_BN, keep_BN, least, most)
 
 
+def sampled_mask(scores_BN: Tensor, ratio: float, place: int = 0) -> Tensor:
+    """Keep as many as :func:`topk_mask`, but as training samples them, with noise that is fixed.
+
+    By 'topk' what one decision of a model drops, most others drop as well, so that some locations
+    never take the slow path. Noise changes the order, and in each decision otherwise.
+
+    Args:
+        scores_BN: log P(keep), -inf for locations that may not be kept.
+        ratio: Share of all locations that is kept.
+        place: Number of the decision. Defaults to 0.
+    """
+    at_N = torch.arange(scores_BN.shape[1], device=scores_BN.device)
+    # Multiples of the golden ratio, in 16 bits, lie evenly among neighbours.
+    noise_N = ((at_N * 40503 + place * 49471) % 2**16 + 0.5) / 2**16
+    noisy_BN = log_odds(scores_BN) + noise_N.logit()  # as a difference of two Gumbel variables
+    return topk_mask(noisy_BN.masked_fill(scores_BN == -torch.inf, -torch.inf), ratio)
+
+
+def log_odds(scores: Tensor) -> Tensor:
+    """Return log P(keep) - log P(drop) of log P(keep), within -20 and -1e-6."""
+    scores = scores.float().clamp(-20.0, -1e-6)
+    return scores - (-scores.expm1()).log()
+
+
 def random_mask(scores_BN: Tensor, ratio: float) -> Tensor:
     """Keep ``int(N * ratio)`` random locations of each image, the control of what is learned.
 
@@ -266,13 +292,14 @@ def random_mask(scores_BN: Tensor, ratio: float) -> Tensor:
 
 SELECTORS: dict[str, Callable[..., Tensor]] = {
     'topk': topk_mask,
+    'sampled': sampled_mask,
     'threshold': threshold_mask,
     'mass': mass_mask,
     'value': value_mask,
     'random': random_mask,
 }
 # Those that keep the same number of locations in every image.
-FIXED_BUDGET = ('topk', 'random')
+FIXED_BUDGET = ('topk', 'sampled', 'random')
 # Those that take a smallest and a largest share.
 CLAMPED = ('mass', 'value')
 

@@ -196,7 +196,7 @@ def test_resizing_is_torchs(corners: bool) -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"selector must be 'topk' .*got 'mass' in backbone"):
+    with pytest.raises(ValueError, match=r"selector must be 'topk' or .*got 'mass' in backbone"):
         build_graph(segmentor('mass'), HW)
     graph = build_graph(segmentor(), HW)
     metadata = describe(graph, None)

@@ -11,7 +11,7 @@ from mmdynsparse.ops import (
     sample_decision,
     select_decision,
 )
-from mmdynsparse.ops.select import mass_mask, value_mask
+from mmdynsparse.ops.select import mass_mask, sampled_mask, value_mask
 
 
 def log_probs(b=2, n=50):
@@ -63,6 +63,27 @@ def test_random_leaves_out_what_cannot_be_kept():
     scores[0, :6] = -torch.inf
     mask = select_decision(scores, (2, 5), 0.3, 'random').mask
     assert mask[0, :6].sum() == 0 and mask.sum() == 3
+
+
+def test_sampled_is_fixed_and_another_in_each_place():
+    scores = log_probs(2, 50)
+    masks = [select_decision(scores, (5, 10), 0.4, 'sampled', place=i).mask for i in (0, 0, 1)]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    assert all(mask.sum(1).tolist() == [20, 20] for mask in masks)
+
+
+def test_sampled_keeps_equals_evenly():
+    equal = torch.full((1, 400, 2), 0.5).log()
+    mask = select_decision(equal, (20, 20), 0.25, 'sampled').mask.view(20, 20)
+    assert all(3 <= kept <= 7 for kept in (*mask.sum(0).tolist(), *mask.sum(1).tolist()))
+
+
+def test_sampled_keeps_as_often_as_exact_samples():
+    torch.manual_seed(0)
+    scores = log_probs(1, 2000)
+    kept = sum(sample_decision(scores, (40, 50), 0.4, exact=True).mask for _ in range(200)) / 200
+    fixed = sum(sampled_mask(scores[..., 0], 0.4, place) for place in range(200)) / 200
+    assert (kept - fixed).abs().mean() < 0.05
 
 
 def test_random_sampling_teaches_nothing_but_reaches_every_parameter():
