@@ -7,6 +7,8 @@ features and proposals are computed once; each variant of the RoI head then runs
 """
 
 import argparse
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import METRICS, MODELS, init_default_scope
 from torch import nn
 
+from mmdynsparse.analysis.environment import environment
 from mmdynsparse.analysis.images import dataset_batches
 from mmdynsparse.analysis.models import load_weights
 from mmdynsparse.analysis.report import print_table, write_json
@@ -61,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     init_default_scope(cfg.default_scope)
     model = build_model(cfg, args.checkpoint)
     rows = evaluate(model, cfg, args.images or 10**9)
-    write_json(dict(config=args.config.name, images=args.images or 'all', rows=rows), args.out)
+    command = shlex.join(['benchmarks/roi_study.py', *(sys.argv[1:] if argv is None else argv)])
+    setting = dict(command=command, **environment(torch.device('cpu')))
+    write_json(dict(setting=setting, rows=rows), args.out)
     header = ['variant', *METRIC_NAMES.values(), 'proposals of an image', 'masks kept']
     cells = [[row['variant'], *(f'{row[key]:.2f}' for key in header[1:])] for row in rows]
     print_table('RoI heads, nothing trained', header, cells)

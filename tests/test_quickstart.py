@@ -29,7 +29,7 @@ def quickstart():
 )
 def test_configs_fit_the_dataset(method, classes):
     cfg = Config.fromfile(CONFIGS / f'swin-xt_{method}_quickstart.py')
-    for dataloader in (cfg.train_dataloader, cfg.val_dataloader):
+    for dataloader in (cfg.train_dataloader, cfg.test_dataloader):
         assert tuple(dataloader.dataset.metainfo.classes) == classes
         palette = [tuple(colour) for colour in dataloader.dataset.metainfo.palette]
         assert palette == [PALETTE[CLASSES.index(name)] for name in classes]

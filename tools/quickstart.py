@@ -37,7 +37,7 @@ NUM_TRAIN, NUM_VAL = 160, 40
 PARTS = 8  # of the validation set, from which the noise of accuracies is estimated
 NUM_PICTURED = 4
 ROUNDS = 20
-FINE_TUNING = 0.3  # of the length of the dense training, which is short
+FINE_TUNING = 0.4  # of the length of the dense training, which is short
 PRETRAINED_LR = 4e-4  # of pretrained parameters in the fine-tuning, a fifth of the config's
 
 
@@ -95,8 +95,8 @@ def main() -> None:
         sys.exit(f'quickstart: cannot write the data: {error}')
 
     print('[2/7] train a dense model (of your own you have one already)')
-    names = ('max_iters', 'val_interval') if args.iters else ()
-    start = train(task.config, work_dir / 'dense', [f'train_cfg.{n}={args.iters}' for n in names])
+    changes = [f'train_cfg.max_iters={args.iters}'] if args.iters else []
+    start = train(task.config, work_dir / 'dense', changes)
     length = max(round(FINE_TUNING * int(start.stem.removeprefix('iter_'))), 1)
 
     print('[3/7] make its config sparse')

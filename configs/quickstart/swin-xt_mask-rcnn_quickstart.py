@@ -137,7 +137,7 @@ train_dataloader = dict(
         ],
     ),
 )
-val_dataloader = dict(
+test_dataloader = dict(
     batch_size=1,
     num_workers=1,
     persistent_workers=True,
@@ -157,13 +157,11 @@ val_dataloader = dict(
         ],
     ),
 )
-test_dataloader = val_dataloader
-val_evaluator = dict(
+test_evaluator = dict(
     type='CocoMetric',
     ann_file=f'{data_root}/annotations/instances_val.json',
     metric=['bbox', 'segm'],
 )
-test_evaluator = val_evaluator
 
 default_hooks = dict(visualization=dict(type='DetVisualizationHook'))
 visualizer = dict(

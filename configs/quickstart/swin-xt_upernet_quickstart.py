@@ -40,7 +40,7 @@ model = dict(
         norm_cfg=dict(type='BN'),
         align_corners=False,
         # Objects fill few of the pixels.
-        loss_decode=dict(type='CrossEntropyLoss', class_weight=[1, 1, 1, 1, 2, 2, 5, 10, 10]),
+        loss_decode=dict(type='CrossEntropyLoss', class_weight=[1, 1, 1, 1, 5, 5, 5, 8, 20]),
     ),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'),
@@ -66,7 +66,7 @@ train_dataloader = dict(
         ],
     ),
 )
-val_dataloader = dict(
+test_dataloader = dict(
     batch_size=1,
     num_workers=1,
     persistent_workers=True,
@@ -81,9 +81,7 @@ val_dataloader = dict(
         ],
     ),
 )
-test_dataloader = val_dataloader
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-test_evaluator = val_evaluator
+test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 
 default_hooks = dict(visualization=dict(type='SegVisualizationHook'))
 visualizer = dict(

@@ -104,6 +104,11 @@ def draft_config(
     sparse = MODELS.build(_without_weights(draft.model_cfg))
     if training and any(decider.learns for decider in deciders(sparse).values()):
         changes |= fine_tuning(cfg, sparse, joint, length)
+    if joint:
+        # Low keep ratios need it, and others do not lose: docs/budgets.md, what it costs.
+        for name, decider in deciders(sparse).items():
+            if decider.learns:
+                find_part(model, name)['sparsity']['selector'] = 'sampled'
     if checkpoint is not None:
         changes['load_from'] = _absolute(checkpoint)
     return draft

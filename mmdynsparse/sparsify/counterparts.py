@@ -22,7 +22,6 @@ HEADS = (
     *('bbox_head', 'mask_head', 'panoptic_head'),
 )
 PARTS = {'backbone': ('backbone',), 'neck': ('neck',), 'head': HEADS}
-CELLS = dict(type='mmdynsparse.CellPredictor')
 LIGHT = dict(type='mmdynsparse.LowRankFastPath')
 PROPOSALS = dict(keep_ratio=0.3)
 MASKS = dict(keep_ratio=0.5)
@@ -49,6 +48,7 @@ class Row(NamedTuple):
 PUBLISHED = 'Rao et al., arXiv 2207.01580'
 ROI = 'no training: docs/whole-model.md, RoI heads'
 COARSE = 'by coarser levels: docs/whole-model.md, heads of one-stage detectors'
+ENTROPY = 'by entropy: docs/study.md, claim 5'
 FASTER = 'a faster dense backbone: docs/whole-model.md, accuracy without training'
 TABLE = (
     Row('SparseSwinTransformer', True, dict(keep_ratio=0.7), 'docs/study.md, claims 1 and 8'),
@@ -64,12 +64,7 @@ TABLE = (
     Row('SparseResNetV1c', True, dict(keep_ratio=0.7), 'docs/study.md, claim 1'),
     Row('SparseResNetV1d', True, dict(keep_ratio=0.7), 'as SparseResNetV1c'),
     Row('SparseVisionTransformer', True, dict(keep_ratio=0.7), PUBLISHED),
-    Row(
-        'SparseUPerHead',
-        True,
-        dict(keep_ratio=0.3, predictor=CELLS),
-        'docs/study.md, claim 4',
-    ),
+    *(Row('SparseUPerHead', training, dict(keep_ratio=0.3), ENTROPY) for training in (True, False)),
     Row('SparseFPN', True, dict(keep_ratio=0.6), 'docs/study.md, claim 11'),
     Row('SparseRPNHead', True, dict(), 'follows the neck: docs/study.md, claim 11'),
     *(Row('SparseStandardRoIHead', training, PROPOSALS, ROI) for training in (True, False)),
@@ -85,12 +80,6 @@ TABLE = (
     Row('SparseResNetV1c', False, None, FASTER),
     Row('SparseResNetV1d', False, None, FASTER),
     Row('SparseVisionTransformer', False, None, FASTER),
-    Row(
-        'SparseUPerHead',
-        False,
-        dict(keep_ratio=0.3),
-        'docs/whole-model.md, accuracy without training',
-    ),
     Row('SparseRetinaHead', False, dict(keep_ratio=0.3), COARSE),
 )
 

@@ -114,7 +114,8 @@ def _schedule(cfg: Mapping, unit: str, length: int, share: float) -> dict:
     """Shorten the loop, the learning rate schedule and the interval of checkpoints."""
     loop = cfg['train_cfg']
     changed = {unit: length, **_shortened(loop, share)}
-    interval = min(_scaled(loop.get('val_interval', 1), share), length)
+    default = 1000 if unit == 'max_iters' else 1  # mmengine's
+    interval = min(_scaled(loop.get('val_interval', default), share), length)
     changed['val_interval'] = interval
     if 'dynamic_intervals' in loop:
         pairs = loop['dynamic_intervals']

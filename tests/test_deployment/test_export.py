@@ -57,6 +57,15 @@ def test_outputs_equal_torch_for_any_batch(exported, backend: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('backend', ['onnxruntime', 'openvino'])
+def test_sampled_decisions(exported, backend: str) -> None:
+    pytest.importorskip(backend)
+    model, images = segmentor('sampled'), noise(1)
+    (out,) = Session(exported('sampled', model), backend)(images)
+    np.testing.assert_allclose(out, in_torch(model, images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_package_of_aotinductor_is_the_same_model(exported) -> None:
     model = segmentor()
     path = exported('package', model, batch=None, suffix='.pt2')

@@ -65,6 +65,14 @@ def test_another_length(model: nn.Module) -> None:
     assert changes['custom_hooks'][0]['begin'] == 100
 
 
+def test_a_training_without_validation(model: nn.Module) -> None:
+    cfg = dict(
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=400),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook')),
+    )
+    assert fine_tuning(cfg, model, length=160)['default_hooks']['checkpoint']['interval'] == 160
+
+
 def test_schedulers_end_with_the_training(model: nn.Module) -> None:
     """Of YOLOX: warm-up, cosine and the last epochs."""
     schedulers = [

@@ -99,8 +99,11 @@ def test_parts(load_tool: Callable, dense_config: Callable, tmp_path: Path) -> N
     cfg = sparsify(load_tool, dense_config('seg'), '-o', tmp_path / 'x.py', '--parts', 'head')
     assert cfg.model.backbone.type == 'SwinTransformer'
     assert cfg.model.decode_head.type == 'mmdynsparse.SparseUPerHead'
-    # The head alone is sparse, so the features of the backbone have nothing to learn.
-    assert cfg.custom_hooks[1].features == {} and cfg.custom_hooks[1].logit_weight == 5.0
+    assert not cfg.get('custom_hooks')  # by entropy, it has nothing to learn
+    cfg = sparsify(load_tool, dense_config('det'), '-o', tmp_path / 'y.py', '--parts', 'neck')
+    assert cfg.model.neck.type == 'mmdynsparse.SparseFPN'
+    # The backbone is not sparse, so its features have nothing to learn.
+    assert cfg.custom_hooks[1].features == dict(neck=0.5)
 
 
 def test_budget(
@@ -122,6 +125,8 @@ def test_budget(
 def test_every_budget(load_tool: Callable, dense_config: Callable, tmp_path: Path) -> None:
     cfg = sparsify(load_tool, dense_config('seg'), '-o', tmp_path / 'x.py', '--budget', 'all')
     assert cfg.custom_hooks[0].type == 'mmdynsparse.DenseSparseSchedule'
+    assert cfg.model.backbone.sparsity.selector == 'sampled'
+    assert 'selector' not in cfg.model.decode_head.sparsity  # by entropy, which does not sample
 
 
 def test_lazy_style(load_tool: Callable, dense_config: Callable, tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ resume = False
 randomness = dict(seed=0)
 
 max_iters = 400
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
-val_cfg = dict(type='ValLoop')
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters)  # tools/test.py evaluates
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
