@@ -1,7 +1,7 @@
 """benchmarks/soak.py on a tiny model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from runpy import run_path
 
@@ -10,16 +10,27 @@ import pytest
 SOAK = run_path(str(Path(__file__).parents[2] / 'benchmarks' / 'soak.py'))
 
 
-def samples(*mib: float, files: int = 9) -> list[dict]:
-    return [dict(seconds=i, passes=i, mib=x, files=files) for i, x in enumerate(mib)]
+FLAT = [100] * 8
+
+
+def samples(
+    in_use: Sequence[float] = FLAT, resident: Sequence[float] = FLAT, files: Sequence[int] = FLAT
+) -> list[dict]:
+    values = zip(in_use, resident, files, strict=True)
+    return [
+        dict(seconds=i, passes=i, in_use=x, resident=y, files=z)
+        for i, (x, y, z) in enumerate(values)
+    ]
 
 
 @pytest.mark.parametrize(
     ('course', 'flat'),
     [
-        (samples(1, 50, 100, 100, 100, 100, 100, 100.9), True),  # all growth is at the start
-        (samples(*range(100, 108)), False),
-        (samples(*[100] * 7) + samples(100, files=10) * 2, False),
+        (samples(in_use=[1, 50, 100, 100, 100, 100, 100, 101]), True),  # grows at the start
+        (samples(in_use=[*range(100, 108)]), False),
+        (samples(resident=[90, 90, 97, 98, 100, 100, 100, 101]), True),
+        (samples(resident=[98, 98, 98, 98, 98, 98, 100, 100]), False),
+        (samples(files=[9, 9, 9, 9, 9, 9, 10, 10]), False),
     ],
 )
 def test_what_is_flat(course: list[dict], flat: bool) -> None:
@@ -35,7 +46,7 @@ def test_bad_input(tmp_path: Path, write_config: Callable, capsys: pytest.Captur
     assert 'config must be an existing file, got none.py' in error('none.py')
     config = write_config('seg')
     assert '--minutes must be above 0, got 0.0' in error(config, '--minutes', 0)
-    assert '--iters must be at least 1, got 0' in error(config, '--iters', 0)
+    assert '--iters must be at least 4, got 3' in error(config, '--iters', 3)
     assert "default_scope 'mmseg', got 'mmdet'" in error(write_config('det'))
 
 
