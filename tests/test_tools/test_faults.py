@@ -169,7 +169,8 @@ class KillOther(Hook):
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: object = None) -> None:
         if runner.iter == 2 and runner.rank == 1:
-            time.sleep(2)  # rank 0 writes its checkpoint
+            while not Path(runner.work_dir, 'last_checkpoint').exists():  # rank 0 writes it
+                time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -279,9 +280,9 @@ def free_port() -> str:
 
 @pytest.fixture
 def faulty(write_config: Callable, tmp_path: Path) -> Callable:
-    """Returns the arguments of a training process with one of the hooks above, and its imports."""
+    """Returns a config with one of the hooks above, and the PYTHONPATH that its process needs."""
 
-    def arguments(hook: str) -> tuple[Path, dict]:
+    def arguments(hook: str) -> tuple[Path, str]:
         (tmp_path / 'faults.py').write_text(Path(__file__).read_text())
         extra = (
             "custom_imports = dict(imports=['faults'], allow_failed_imports=False)\n"
@@ -300,6 +301,7 @@ def test_a_training_killed_while_it_writes_a_checkpoint(
     (config, path), work_dir = faulty('KillWhileWriting'), tmp_path / 'work'
     run_tool('train.py', config, '--work-dir', work_dir, code=-signal.SIGKILL, PYTHONPATH=path)
     assert checkpoints(work_dir) == ['iter_2.pth', 'iter_4.pth.partial']
+    # The next training must remove it, even if it writes none of that name.
     (work_dir / 'iter_4.pth.partial').rename(work_dir / 'iter_3.pth.partial')
     good = write_config('seg', KEEP_ONE, name='killed_good')
     train(good, '--work-dir', work_dir, '--resume')

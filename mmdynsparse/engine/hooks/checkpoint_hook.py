@@ -101,8 +101,8 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _finish(self) -> None:
         if isinstance(self.file_backend, LateRemoval):
-            best = vars(self).get('best_ckpt_path_dict', {}).values()
-            kept = {self.last_ckpt, vars(self).get('best_ckpt_path'), *best}
+            best = getattr(self, 'best_ckpt_path_dict', {}).values()
+            kept = {self.last_ckpt, getattr(self, 'best_ckpt_path', None), *best}
             self.file_backend.finish(kept)
 
     def _check_finite(self, state_dict: Mapping[str, Tensor], runner: Runner) -> None:

@@ -8,11 +8,8 @@ from mmengine.fileio import LocalBackend, register_backend
 
 from .files import check_checkpoint
 
-# What is not whole yet; a process that was killed leaves it behind.
-PARTIAL = '.partial'
-
-
-WHOLE_FILES = 'mmdynsparse.whole_files'
+PARTIAL = '.partial'  # ends the names of unfinished files; a killed process leaves them behind
+WHOLE_FILES = 'mmdynsparse.whole_files'  # name of the backend below
 
 
 @register_backend(WHOLE_FILES)
