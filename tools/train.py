@@ -8,9 +8,10 @@ from mmdynsparse.utils.checkpoints import read_checkpoint
 from mmdynsparse.utils.command_line.arguments import ToolParser
 from mmdynsparse.utils.command_line.cpu import adapt_to_cpu
 from mmdynsparse.utils.command_line.data_checks import check_not_empty, check_training_inputs
-from mmdynsparse.utils.command_line.errors import one_line_errors
+from mmdynsparse.utils.command_line.errors import one_line_errors, point_to_checkpoint
 from mmdynsparse.utils.command_line.launch import (
     build_runner,
+    keep_checkpoints_whole,
     leave_process_group,
     load_config,
     set_resume,
@@ -88,12 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_resume(cfg, args.resume)
         check_training_inputs(cfg)
         adapt_to_cpu(cfg)
+        keep_checkpoints_whole(cfg)
         runner = build_runner(cfg)
         check_not_empty(runner, 'train')
         # An address is fetched only now that the processes of a distributed run know each other.
         if '://' in (cfg.get('load_from') or ''):
             read_checkpoint('load_from', cfg.load_from)
-    with one_line_errors(runner):
+    with one_line_errors(runner), point_to_checkpoint(runner):
         runner.train()
 
 

@@ -5,6 +5,7 @@ from .hooks import (
     DistillationHook,
     FreezePretrained,
     KeepMapHook,
+    SafeCheckpointHook,
     SinglePathSearchHook,
     SparsityHook,
 )
@@ -21,6 +22,7 @@ __all__ = [
     'KeepMapHook',
     'MultiBudgetTestLoop',
     'MultiBudgetValLoop',
+    'SafeCheckpointHook',
     'SinglePathSearchHook',
     'SparsityHook',
 ]

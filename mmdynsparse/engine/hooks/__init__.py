@@ -1,5 +1,6 @@
 """Hooks for mmengine's runner."""
 
+from .checkpoint_hook import SafeCheckpointHook
 from .distillation_hook import DistillationHook
 from .freeze_hook import FreezePretrained
 from .joint_hook import DenseSparseSchedule
@@ -12,6 +13,7 @@ __all__ = [
     'DistillationHook',
     'FreezePretrained',
     'KeepMapHook',
+    'SafeCheckpointHook',
     'SinglePathSearchHook',
     'SparsityHook',
 ]

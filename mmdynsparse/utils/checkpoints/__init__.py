@@ -14,12 +14,16 @@ from .weights import (
     load_pretrained,
     unwrap,
 )
+from .writing import PARTIAL, WHOLE_FILES, WholeFileBackend, newest_checkpoint
 
 __all__ = [
     'GATE_PARTS',
     'NEW_PARTS',
+    'PARTIAL',
     'SOURCES',
+    'WHOLE_FILES',
     'Pruned',
+    'WholeFileBackend',
     'architecture_of',
     'check_backbone',
     'check_checkpoint',
@@ -27,6 +31,7 @@ __all__ = [
     'convert_checkpoint',
     'is_new',
     'load_pretrained',
+    'newest_checkpoint',
     'prune_state_dict',
     'read_checkpoint',
     'resize_bias_table',

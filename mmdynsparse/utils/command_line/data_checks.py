@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from mmengine.utils import is_abs
 
-from ..checkpoints import check_checkpoint
+from ..checkpoints import check_checkpoint, newest_checkpoint
 
 INIT_CFG = re.compile(r'\.init_cfg(\[\d+\])?$')
 
@@ -29,8 +29,23 @@ def check_training_inputs(cfg: Config) -> None:
     # What a sharded training writes is a folder with a part of the model for each process.
     sharded = cfg.get('runner_type') == 'FlexibleRunner' and osp.isdir(cfg.get('load_from') or '')
     if cfg.get('load_from') and not sharded:
-        argument = 'checkpoint to resume from' if cfg.get('resume') else 'load_from'
-        check_checkpoint(argument, cfg.load_from, resume=bool(cfg.get('resume')))
+        if cfg.get('resume'):
+            _check_resume(cfg)
+        else:
+            check_checkpoint('load_from', cfg.load_from)
+
+
+def _check_resume(cfg: Config) -> None:
+    """Checks the checkpoint to resume from; the error names the newest one that is whole."""
+    try:
+        check_checkpoint('checkpoint to resume from', cfg.load_from, resume=True)
+    except ValueError as error:
+        folders = (osp.dirname(cfg.load_from), cfg.work_dir)
+        newest = next(filter(None, map(newest_checkpoint, folders)), None)
+        way_out = 'there is no whole one beside it: start without --resume'
+        if newest is not None:
+            way_out = f'continue from the newest whole one with --resume {newest}'
+        raise ValueError(f'{error}; {way_out}') from error
 
 
 def _pretrained_files(node: object, name: str) -> Iterator[tuple[str, str]]:

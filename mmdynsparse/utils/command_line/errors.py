@@ -1,6 +1,7 @@
 """Errors of the tools: one line about the user's input, or about what stopped a measurement."""
 
 import os.path as osp
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+
+from ..checkpoints import newest_checkpoint
 
 
 class _EpochBegan(Hook):
@@ -44,6 +47,38 @@ def one_line_errors(runner: Runner | None = None) -> Iterator[None]:
         program = osp.basename(sys.argv[0])
         print(f'{program}: error: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+@contextmanager
+def point_to_checkpoint(runner: Runner) -> Iterator[None]:
+    """Says on stderr how to continue a training that an error, the user or SIGTERM ends.
+
+    torchrun sends SIGTERM to the other processes when one has failed.
+
+    Args:
+        runner: Trains within the context.
+    """
+    epoch = _EpochBegan()
+    runner.register_hook(epoch, priority='LOWEST')
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun may send a second one
+        newest = newest_checkpoint(runner.work_dir) if epoch.began else None
+        if newest is not None:
+            reason = ''
+            if 'DataLoader worker' in str(error):
+                reason = (
+                    ' A worker that the system kills has mostly run out of memory: lower '
+                    'train_dataloader.num_workers or batch_size.'
+                )
+            program = osp.basename(sys.argv[0])
+            text = f'{program}: training stopped.{reason} Continue with --resume {newest}'
+            print(text, file=sys.stderr, flush=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ... import registry  # noqa: F401, tells mmengine where mmdynsparse:: is
+from ..checkpoints import newest_checkpoint
 
 EXTRAS = {'mmseg': 'seg', 'mmdet': 'det'}
 
@@ -86,14 +87,32 @@ def set_resume(cfg: Config, resume: str | None) -> None:
         cfg: The config, changed in place.
         resume: None keeps the config's own setting, 'auto' takes the latest checkpoint in
             ``work_dir`` where there is one, anything else is the path of a checkpoint.
+
+    Raises:
+        ValueError: If there are checkpoints in ``work_dir``, but which one is the latest got lost.
     """
     if resume == 'auto' or (resume is None and cfg.get('resume') and not cfg.get('load_from')):
-        resume = find_latest_checkpoint(cfg.work_dir)
+        resume = find_latest_checkpoint(cfg.work_dir) or None
+        if resume is None and (newest := newest_checkpoint(cfg.work_dir)):
+            raise ValueError(
+                f'--resume needs the name of a checkpoint in {cfg.work_dir}/last_checkpoint, got '
+                f'none; continue from the newest whole one with --resume {newest}, or start anew '
+                'in another --work-dir'
+            )
         cfg.resume = resume is not None
     elif resume is not None:
         cfg.resume = True
     if resume is not None:
         cfg.load_from = resume
+
+
+def keep_checkpoints_whole(cfg: Config) -> None:
+    """Let ``SafeCheckpointHook`` write the checkpoints where mmengine's own hook would."""
+    hooks = cfg.get('default_hooks') or {}
+    hook = hooks.get('checkpoint', dict(type='CheckpointHook'))
+    if 'runner_type' not in cfg and hook is not None and hook['type'] == 'CheckpointHook':
+        hook = dict(hook, type='mmdynsparse.SafeCheckpointHook')
+        cfg.default_hooks = dict(hooks, checkpoint=hook)
 
 
 def build_runner(cfg: Config) -> Runner:
