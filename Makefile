@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: quickstart quickstart-det test test-all fuzz gpu-check benchmark lint docs setup clean
+.PHONY: quickstart quickstart-det test test-all fuzz gpu-check benchmark reproduce lint docs setup clean
 
 quickstart: setup
 	$(RUN) tools/quickstart.py seg
@@ -30,6 +30,10 @@ benchmark: setup
 	$(RUN) tools/analysis_tools/benchmark.py \
 		configs/sparse_swin/sparse-swin-s_upernet_8xb2-160k_ade20k-512x512.py \
 		--keep-ratios 1.0 0.7 --rounds 20 --out work_dirs/benchmark
+
+# Runs again what the numbers of the docs come from, as much as fits into an hour.
+reproduce: setup
+	$(RUN) benchmarks/reproduce.py --minutes 60
 
 lint: setup
 	.venv/bin/ruff check .
