@@ -48,11 +48,14 @@ class Task(NamedTuple):
         config: The dense config.
         metrics: Name in the table and name in the metrics that ``tools/test.py`` writes.
         dump: Arguments of ``tools/test.py`` that write the predictions below a folder {}.
+        fine_tunes: Whether the sparse model is fine-tuned. What a detector gains most by, fewer
+            proposals and lighter masks, needs no training.
     """
 
     config: Path
     metrics: dict[str, str]
     dump: tuple[str, ...]
+    fine_tunes: bool = True
 
 
 CONFIGS = TOOLS.parent / 'configs/quickstart'
@@ -64,6 +67,7 @@ TASKS = dict(
         CONFIGS / 'swin-xt_mask-rcnn_quickstart.py',
         {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'},
         ('--cfg-options', 'test_evaluator.outfile_prefix={}/predictions/coco'),
+        fine_tunes=False,
     ),
 )
 PROGRESS = re.compile(r'Iter\((train|val|test)\) \[ *(\d+)/(\d+)\]')
@@ -101,13 +105,17 @@ def main() -> None:
 
     print('[3/7] make its config sparse')
     sparse = work_dir / 'sparse.py'
-    run(['sparsify.py', task.config, start, '--length', length, '--size', SIZE, '-o', sparse])
+    how = ['--length', length] if task.fine_tunes else ['--no-training']
+    run(['sparsify.py', task.config, start, *how, '--size', SIZE, '-o', sparse])
 
-    print('[4/7] fine-tune the sparse model')
-    models = dict(sparse=(sparse, train(sparse, work_dir / 'sparse', [])))
-
-    print('[5/7] fine-tune the dense model as long, to compare')
-    models['dense'] = task.config, train(sparse, work_dir / 'control', control_options(sparse))
+    models = dict(sparse=(sparse, start), dense=(task.config, start))
+    if task.fine_tunes:
+        print('[4/7] fine-tune the sparse model')
+        models['sparse'] = sparse, train(sparse, work_dir / 'sparse', [])
+        print('[5/7] fine-tune the dense model as long, to compare')
+        models['dense'] = task.config, train(sparse, work_dir / 'control', control_options(sparse))
+    else:
+        print('[4/7] [5/7] nothing to fine-tune: both have the weights of the dense model')
 
     print('[6/7] evaluate both')
     metrics = {
@@ -123,7 +131,7 @@ def main() -> None:
     errors = standard_errors(args.task, work_dir)
     rows = accuracy_rows(metrics, task.metrics, errors)
     rows += [*keep_rate_rows(metrics['sparse'], costs), *cost_rows(costs)]
-    report(rows, conditions(length, costs, images[0]), work_dir)
+    report(rows, conditions(length if task.fine_tunes else 0, costs, images[0]), work_dir)
     print(f'\npictures  {pictures}\ntable     {work_dir / "table.md"}, {work_dir / "table.json"}')
     print(f'took {(time.time() - begin) / 60:.1f} minutes')
 
@@ -295,7 +303,9 @@ def accuracy_rows(metrics: dict, names: dict, errors: dict) -> list[Row]:
 def keep_rate_rows(metrics: dict, costs: dict) -> list[Row]:
     """Keep rates measured by ``tools/test.py`` over the validation set."""
     targets = costs['rows'][-1]['keep_ratios']
-    rates = [metrics[f'eval_keep_rate_{i}'] for i in range(len(targets))]
+    rates = [rate for name, rate in metrics.items() if name.startswith('eval_keep_rate_')]
+    if not rates:  # nothing was trained, and nothing measures them
+        return []
     pairs = enumerate(zip(rates, targets, strict=True))
     return [
         Row(f'keep rate {i}', None, rate, f'target {target:.2f}') for i, (rate, target) in pairs
@@ -316,15 +326,20 @@ def cost_rows(costs: dict) -> list[Row]:
 
 
 def conditions(length: int, costs: dict, image: Path) -> list[str]:
-    """State how the numbers came about."""
+    """State how the numbers came about; ``length`` is that of the fine-tuning, 0 without."""
     setting = costs['setting']
+    training = 'both models have the same weights.'
+    if length:
+        training = (
+            f'both models were fine-tuned for {length} iterations from one dense checkpoint with '
+            'the same learning rate and seed, one run each.'
+        )
     return [
         f'Latency: {setting["device"]}, {setting["threads"]} threads, float32, batch 1, '
         f'{SIZE} x {SIZE} px ({image.name}), torch {setting["torch"]}; dense and sparse alternate, '
         f'median of {ROUNDS} calls.',
-        f'Accuracy: both models were fine-tuned for {length} iterations from one dense checkpoint '
-        'with the same learning rate and seed, one run each. Noise: twice the standard error of '
-        f'the difference, from {PARTS} parts of the {NUM_VAL} validation scenes.',
+        f'Accuracy: {training} Noise: twice the standard error of the difference, from {PARTS} '
+        f'parts of the {NUM_VAL} validation scenes.',
         'What each part of the model took is in benchmark/log.txt.',
     ]
 

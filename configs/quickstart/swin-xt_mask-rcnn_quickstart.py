@@ -106,7 +106,7 @@ model = dict(
     ),
     test_cfg=dict(
         rpn=dict(
-            nms_pre=300, max_per_img=100, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0
+            nms_pre=1000, max_per_img=1000, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0
         ),
         rcnn=dict(
             score_thr=0.05,
