@@ -132,12 +132,14 @@ def test_quickstart(task, metric, tmp_path):
     work_dir = tmp_path / f'work_dirs/quickstart-{task}'
     rows = {row['name']: row for row in json.loads((work_dir / 'table.json').read_text())['rows']}
     assert 0 <= rows[metric]['sparse'] <= 100
-    for i, target in enumerate((0.7, 0.5, 0.3)):
-        assert rows[f'keep rate {i}']['sparse'] == pytest.approx(target, abs=0.01)
+    if task == 'seg':  # nothing of the detector is trained
+        for i, target in enumerate((0.7, 0.5, 0.3)):
+            assert rows[f'keep rate {i}']['sparse'] == pytest.approx(target, abs=0.01)
+        assert (work_dir / 'sparse/iter_4.pth').exists()
     assert rows['GMACs whole']['sparse'] < rows['GMACs whole']['dense']
     assert rows['latency (ms) whole']['sparse'] > rows['latency (ms) backbone']['sparse'] > 0
     assert (work_dir / 'table.md').read_text().count('\n|') >= len(rows)
-    assert (work_dir / 'sparse/iter_3.pth').exists()
     pictures = sorted((work_dir / 'pictures').glob('*.png'))
     assert len(pictures) == 4
-    assert np.asarray(Image.open(pictures[0])).shape[1] > 6 * 500  # prediction, input, 4 maps
+    panels = 6 if task == 'seg' else 2  # prediction, input, and four keep maps
+    assert np.asarray(Image.open(pictures[0])).shape[1] > panels * 500
