@@ -1,6 +1,7 @@
 """Export of segmentors, and of detectors up to their dense head."""
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -110,6 +111,8 @@ def _write_onnx(
     path: Path,
     metadata: str,
 ) -> None:
+    # Its optimizer warns of every Split that it leaves as it is.
+    logging.getLogger('onnxscript.optimizer').setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', category=FutureWarning)
         program = torch.onnx.export(
