@@ -101,7 +101,9 @@ def main() -> None:
     print('[2/7] train a dense model (of your own you have one already)')
     changes = [f'train_cfg.max_iters={args.iters}'] if args.iters else []
     start = train(task.config, work_dir / 'dense', changes)
-    length = max(round(FINE_TUNING * int(start.stem.removeprefix('iter_'))), 1)
+    length = 0
+    if task.fine_tunes:
+        length = max(round(FINE_TUNING * int(start.stem.removeprefix('iter_'))), 1)
 
     print('[3/7] make its config sparse')
     sparse = work_dir / 'sparse.py'
@@ -131,7 +133,7 @@ def main() -> None:
     errors = standard_errors(args.task, work_dir)
     rows = accuracy_rows(metrics, task.metrics, errors)
     rows += [*keep_rate_rows(metrics['sparse'], costs), *cost_rows(costs)]
-    report(rows, conditions(length if task.fine_tunes else 0, costs, images[0]), work_dir)
+    report(rows, conditions(length, costs, images[0]), work_dir)
     print(f'\npictures  {pictures}\ntable     {work_dir / "table.md"}, {work_dir / "table.json"}')
     print(f'took {(time.time() - begin) / 60:.1f} minutes')
 

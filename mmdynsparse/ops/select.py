@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .caching import cached
 from .cells import cell_grid, cell_mask, cell_means
 from .regions import region
 
@@ -268,11 +269,16 @@ def sampled_mask(scores_BN: Tensor, ratio: float, place: int = 0) -> Tensor:
         ratio: Share of all locations that is kept.
         place: Number of the decision. Defaults to 0.
     """
-    at_N = torch.arange(scores_BN.shape[1], device=scores_BN.device)
-    # Multiples of the golden ratio, in 16 bits, lie evenly among neighbours.
-    noise_N = ((at_N * 40503 + place * 49471) % 2**16 + 0.5) / 2**16
-    noisy_BN = log_odds(scores_BN) + noise_N.logit()  # as a difference of two Gumbel variables
+    noisy_BN = log_odds(scores_BN) + _even_noise(scores_BN.shape[1], place, scores_BN.device)
     return topk_mask(noisy_BN.masked_fill(scores_BN == -torch.inf, -torch.inf), ratio)
+
+
+@cached
+def _even_noise(n: int, place: int, device: torch.device) -> Tensor:
+    """Return logistic noise (N,), as the difference of two Gumbel variables is."""
+    # Multiples of the golden ratio, in 16 bits, lie evenly among neighbours.
+    at_N = torch.arange(n, device=device) * 40503 + place * 49471
+    return ((at_N % 2**16 + 0.5) / 2**16).logit()
 
 
 def log_odds(scores: Tensor) -> Tensor:
