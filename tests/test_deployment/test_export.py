@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from mmdynsparse.deployment import ExportedSegmentor
 from mmdynsparse.deployment.graph import build_graph
 from mmdynsparse.deployment.runtime import Session, _resize
+from mmdynsparse.models.decider import deciders
 
 from .conftest import HW, detector, segmentor
 
@@ -63,6 +65,44 @@ def test_sampled_decisions(exported, backend: str) -> None:
     model, images = segmentor('sampled'), noise(1)
     (out,) = Session(exported('sampled', model), backend)(images)
     np.testing.assert_allclose(out, in_torch(model, images), rtol=0, atol=1e-4)
+
+
+class Decided(torch.nn.Module):
+    """A segmentor's logits and the mask of each of its decisions."""
+
+    def __init__(self, model: torch.nn.Module, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.whole, self.masks = build_graph(model, size), []
+        for decider in deciders(model).values():
+            decider.register_forward_pre_hook(
+                lambda _, args: self.masks.extend(d.mask for d in args[0])
+            )
+        # No module: torch.export takes one that has two names for another type.
+        self.images = SimpleNamespace(size=size)
+        self.outputs = ['logits', *(f'mask_{i}' for i in range(3))]
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.masks.clear()
+        (logits,) = self.whole(images)
+        return logits, *(mask.clone() for mask in self.masks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('size', [(480, 360), (345, 457)])
+def test_the_same_cells_are_kept_at_any_size(size: tuple[int, int], tmp_path: Path) -> None:
+    pytest.importorskip('openvino')
+    model = segmentor()
+    graph = Decided(model, size).eval()
+    metadata = describe(build_graph(model, size), None)._replace(outputs=graph.outputs)
+    export_model(graph, tmp_path / 'x.onnx', metadata, batch=None)
+    for backend in ('onnxruntime', 'openvino'):
+        session = Session(tmp_path / 'x.onnx', backend, threads=2)
+        for batch in (1, 3):
+            images = np.random.default_rng(batch).integers(0, 256, (batch, 3, *size), np.uint8)
+            with torch.no_grad():
+                expected = graph(torch.from_numpy(images))
+            for out, other in zip(session(images), expected, strict=True):
+                np.testing.assert_allclose(out, other, rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow

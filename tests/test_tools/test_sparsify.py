@@ -103,7 +103,9 @@ def test_parts(load_tool: Callable, dense_config: Callable, tmp_path: Path) -> N
     cfg = sparsify(load_tool, dense_config('det'), '-o', tmp_path / 'y.py', '--parts', 'neck')
     assert cfg.model.neck.type == 'mmdynsparse.SparseFPN'
     # The backbone is not sparse, so its features have nothing to learn.
-    assert cfg.custom_hooks[1].features == dict(neck=0.5)
+    assert (
+        cfg.custom_hooks[1].features == dict(neck=0.5) and cfg.custom_hooks[1].logit_weight == 5.0
+    )
 
 
 def test_budget(
@@ -125,6 +127,7 @@ def test_budget(
 def test_every_budget(load_tool: Callable, dense_config: Callable, tmp_path: Path) -> None:
     cfg = sparsify(load_tool, dense_config('seg'), '-o', tmp_path / 'x.py', '--budget', 'all')
     assert cfg.custom_hooks[0].type == 'mmdynsparse.DenseSparseSchedule'
+    assert cfg.custom_hooks[2].logit_weight == 5.0  # the head is sparse too
     assert cfg.model.backbone.sparsity.selector == 'sampled'
     assert 'selector' not in cfg.model.decode_head.sparsity  # by entropy, which does not sample
 
