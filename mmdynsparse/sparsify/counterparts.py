@@ -80,6 +80,7 @@ TABLE = (
     Row('SparseResNetV1c', False, None, FASTER),
     Row('SparseResNetV1d', False, None, FASTER),
     Row('SparseVisionTransformer', False, None, FASTER),
+    Row('SparseRPNHead', False, None, 'a faster NMS: docs/whole-model.md, SparseFPN'),
     Row('SparseRetinaHead', False, dict(keep_ratio=0.3), COARSE),
 )
 
@@ -174,7 +175,7 @@ def _swap(
     if row is None:
         return stays._replace(note='stays: its sparsity has to be trained')
     if row.sparsity == {} and not any(p.key == 'neck' and p.sparsity for p in before):
-        return stays._replace(note='stays: it follows a sparse neck, and there is none')
+        row = _row(cls.__name__, scope, training=False)  # there is no sparse neck to follow
     if key == MASK_HEAD and not any(p.key == 'roi_head' and p.after for p in before):
         return stays._replace(note='stays: its RoI head is none that chooses regions')
     note = row.source

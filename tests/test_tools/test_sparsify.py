@@ -86,9 +86,11 @@ def test_no_training(
     assert set(model.state_dict()) == set(dense.state_dict())
     out = capsys.readouterr().out
     assert 'tools/test.py' in out and 'DENSE_CHECKPOINT' in out
-    # Of a detector the backbone and the RoI heads go without training.
+    # Of a detector all but the neck goes without training.
     cfg = sparsify(load_tool, dense_config('det'), '-o', tmp_path / 'det.py', '--no-training')
-    assert cfg.model.neck.type == 'FPN' and cfg.model.rpn_head.type == 'RPNHead'
+    assert cfg.model.neck.type == 'FPN'
+    assert cfg.model.rpn_head.type == 'mmdynsparse.SparseRPNHead'
+    assert 'sparsity' not in cfg.model.rpn_head  # its faster NMS alone
     assert cfg.model.roi_head.type == 'mmdynsparse.SparseStandardRoIHead'
     assert cfg.model.roi_head.sparsity == dict(keep_ratio=0.3)
     assert cfg.model.roi_head.mask_head.type == 'mmdynsparse.SparseFCNMaskHead'

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from mmdet.models.dense_heads import RPNHead
+from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ class SparseRPNHead(CellHead, RPNHead):
     """RPN head that computes kept cells of the two finest levels.
 
     A location that is not kept proposes nothing on its level. One decision is made for both levels.
+    On a CPU the NMS leaves out boxes that are too bad to be proposed, with the proposals that
+    mmdet's head has.
 
     Args:
         sparsity: ``dict()`` for the decision that the features of a ``SparseFPN`` carry; or
@@ -70,11 +73,32 @@ class SparseRPNHead(CellHead, RPNHead):
         cells_BNC = self.decider.cells(x[1], self.cell_size // 2)
         return self.decider.predict(cells_BNC, hw, self.cell_size)
 
-    def _bbox_post_process(self, results: InstanceData, *args, **kwargs) -> InstanceData:
+    def _bbox_post_process(
+        self, results: InstanceData, cfg: ConfigDict, *args, **kwargs
+    ) -> InstanceData:
         """Leave out what dropped locations would propose, then go on as ``RPNHead``."""
         if self.decider is not None:
             scores = results.scores
             # Float16 and bfloat16 round a score by up to 0.4%.
             dropped = scores.new_tensor(DROPPED_LOGIT if self.training else -torch.inf).sigmoid()
             results = results[~scores.isclose(dropped, rtol=5e-3, atol=0)]
-        return super()._bbox_post_process(results, *args, **kwargs)
+        if cfg.nms.get('type', 'nms') == 'nms' and results.scores.is_cpu:
+            return self._nms_of_the_best(results, cfg, *args, **kwargs)
+        return super()._bbox_post_process(results, cfg, *args, **kwargs)
+
+    def _nms_of_the_best(
+        self, results: InstanceData, cfg: ConfigDict, *args, **kwargs
+    ) -> InstanceData:
+        """Do the NMS of no more boxes than it takes, on each level by itself.
+
+        No box suppresses one of a higher score, so what is best after the NMS of the best boxes is
+        best after that of all. Time goes with the square of the number of boxes.
+        """
+        cfg.nms.split_thr = 1  # boxes from which on mmcv takes the levels one by one
+        results = results[results.scores.argsort(descending=True)]
+        count = 2 * cfg.max_per_img
+        while True:
+            best = super()._bbox_post_process(results[:count], cfg, *args, **kwargs)
+            if len(best) == cfg.max_per_img or count >= len(results):
+                return best
+            count *= 2

@@ -164,6 +164,39 @@ def test_proposals(training):
     assert len(second) == 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('most', [1, 20, 100, 5000])
+@pytest.mark.parametrize('threshold', [0.01, 0.3, 0.7])
+def test_nms_of_fewer_boxes_has_the_same_proposals(most, threshold):
+    """Also where the first boxes suppress one another, so that more are looked at."""
+    head = build()
+    head.test_cfg.update(max_per_img=most, nms=dict(type='nms', iou_threshold=threshold))
+    dense = dense_of(head)
+    dense.test_cfg.update(head.test_cfg)
+    found, expected = (
+        rpn.predict_by_feat(*rpn(maps()), batch_img_metas=[META, META], rescale=True)
+        for rpn in (head, dense)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert 0 < len(ours) <= most
+        torch.testing.assert_close(ours.scores, theirs.scores)
+        torch.testing.assert_close(ours.bboxes, theirs.bboxes)
+
+
+def test_nms_of_another_kind_is_that_of_mmdet():
+    """Soft NMS changes the scores of all boxes."""
+    head = build()
+    head.test_cfg.update(max_per_img=20, nms=dict(type='soft_nms', iou_threshold=0.5))
+    dense = dense_of(head)
+    dense.test_cfg.update(head.test_cfg)
+    with torch.no_grad():
+        ours, theirs = (
+            rpn.predict_by_feat(*rpn(maps()), batch_img_metas=[META, META])[0]
+            for rpn in (head, dense)
+        )
+    torch.testing.assert_close(ours.scores, theirs.scores)
+
+
 def test_an_object_that_is_missed_raises_the_mask():
     """The loss tells the mask to keep the location of an object."""
     head = build({}).train()
