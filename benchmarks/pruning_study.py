@@ -25,7 +25,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 sys.path.insert(0, str(Path(__file__).parent))
-from camvid_study import METRICS, call, evaluate, load_config, train, trained, training_summary
+from accuracy_study import METRICS, call, evaluate, load_config, train, trained, training_summary
 
 from mmdynsparse.analysis import architecture_macs
 from mmdynsparse.analysis.report import print_table, write_json

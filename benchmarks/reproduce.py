@@ -6,7 +6,7 @@
 
 ``claims.yml`` quotes the pages and has, in place of each number, where in ``results`` its value is:
 
-    {[mean|min|max] [RESULT[#TABLE]:] WORD... KEY}
+    {[mean|std|min|max] [RESULT[#TABLE]:] WORD... KEY}
 
 It is the value of KEY in the row that has all words among its values; of a list the first counts,
 and ``name=value`` asks for one key. `` / `` or `` - `` join two such terms; the second is of the
@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 
 import yaml
 from rich.console import Console
@@ -43,7 +44,7 @@ NUMBER = r'\d+(?:\.\d+)?(?:e-\d+)?'
 SHARES = {'gmacs': 0.001, 'ideal': 0.001, 'peak_mib': 0.05, 'speed_up': 0.15, 'ratio': 0.15}
 SHARES |= {'speed-up whole': 0.15, 'median': 0.15}
 POINTS = {'mIoU': 0.3, 'aAcc': 0.3, 'AP': 0.3}
-AVERAGES = {'mean': lambda values: sum(values) / len(values), 'min': min, 'max': max}
+AVERAGES = {'mean': mean, 'std': stdev, 'min': min, 'max': max}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Term:
         result: Name of the result, with ``#`` before the table if that is not ``rows``.
         words: What the row has among its values.
         key: The value's key, with dots into dicts.
-        average: 'mean', 'min' or 'max' over several rows; '' for exactly one.
+        average: One of ``AVERAGES`` over several rows; '' for exactly one.
     """
 
     result: str

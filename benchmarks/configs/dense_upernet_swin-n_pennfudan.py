@@ -1,5 +1,5 @@
-# Dense UperNet + Swin-N on Penn-Fudan (Wang et al., 2007): pedestrians and background.
-_base_ = '../../configs/sparse_swin/swin-n_upernet_1xb8-2k_camvid-256x256.py'
+# The same on Penn-Fudan (Wang et al., 2007): pedestrians and background.
+_base_ = './dense_upernet_swin-n_camvid.py'
 data_root = 'data/pennfudan'
 metainfo = dict(
     _delete_=True, classes=('background', 'pedestrian'), palette=[[0, 0, 0], [220, 20, 60]]

@@ -1,4 +1,4 @@
-# Fine-tuning of a dense Mask R-CNN + Swin-N on a CPU, see camvid_study.py.
+# Fine-tuning of a dense Mask R-CNN + Swin-N on a CPU, see accuracy_study.py.
 _base_ = '../../configs/sparse_swin/mask-rcnn_sparse-swin-n_fpn_1xb2-finetune-400_camvid.py'
 optim_wrapper = dict(optimizer=dict(lr=2e-3), paramwise_cfg=dict(pretrained_lr_mult=0.03))
 param_scheduler = [

@@ -1,4 +1,4 @@
-# Fine-tuning of a dense UperNet + Swin-N on a CPU, see camvid_study.py. Rare classes weigh more,
+# Fine-tuning of a dense UperNet + Swin-N on a CPU, see accuracy_study.py. Rare classes weigh more,
 # without that a training of this length leaves poles and signs unlearnt.
 _base_ = '../../configs/sparse_swin/sparse-swin-n_upernet_1xb8-finetune-400_camvid-256x256.py'
 class_weight = [0.5, 0.5, 8.0, 0.5, 1.0, 0.7, 4.0, 1.0, 0.7, 1.5, 2.0]

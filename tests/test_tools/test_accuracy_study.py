@@ -1,4 +1,4 @@
-"""benchmarks/camvid_study.py."""
+"""benchmarks/accuracy_study.py."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ custom_hooks = [
 
 @pytest.fixture
 def study(load_tool: Callable) -> ModuleType:
-    return load_tool('../benchmarks/camvid_study.py')
+    return load_tool('../benchmarks/accuracy_study.py')
 
 
 @pytest.fixture
@@ -50,6 +50,15 @@ def test_variants_differ_in_what_their_names_say(study: ModuleType, config: Path
     dense = study.as_dense(study.load_config(config))
     assert dense.model.backbone.type == 'SwinTransformer' and not dense.custom_hooks
     assert dense.optim_wrapper.optimizer.lr == pytest.approx(2e-4)
+
+
+def test_random_decisions_are_about_maps(study: ModuleType) -> None:
+    """Proposals and masks are chosen as ever."""
+    path = Path(study.__file__).parent / 'configs/study_mask-rcnn_swin-n_all-parts.py'
+    model = sparse(study, path, 'random', 0.6).model
+    assert model.backbone.sparsity.selector == model.neck.sparsity.selector == 'random'
+    assert 'selector' not in model.roi_head.sparsity
+    assert 'selector' not in model.roi_head.mask_head.sparsity
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-"""What sparsity costs in accuracy on CamVid, beside the controls.
+"""What sparsity costs in accuracy, beside the controls.
 
-    python benchmarks/camvid_study.py dense CONFIG --start CHECKPOINT --lr 6e-4 --out DIR
-    python benchmarks/camvid_study.py run CONFIG --start DIR/dense.pth --out DIR
-    python benchmarks/camvid_study.py report --out REPORT --study DIR BENCHMARK.json
+    python benchmarks/accuracy_study.py dense CONFIG --start CHECKPOINT --lr 6e-4 --out DIR
+    python benchmarks/accuracy_study.py run CONFIG --start DIR/dense.pth --out DIR
+    python benchmarks/accuracy_study.py report --out REPORT --study DIR BENCHMARK.json
 
 ``dense`` trains the dense original of a sparse config on, ``run`` fine-tunes the variants from it
 and evaluates them, each with the programs of ``tools/``. A config with a ``DenseSparseSchedule``
@@ -227,8 +227,10 @@ def as_sparse(cfg: Config, variant: Variant) -> Config:
         several = isinstance(ratio, list)
         part.sparsity.keep_ratio = [variant.ratio] * len(ratio) if several else variant.ratio
     if variant.name.endswith('random'):
+        # Of the maps: random proposals would say nothing of where to compute.
         for part in parts:
-            part.sparsity.selector = 'random'
+            if part is not cfg.model.get('roi_head'):
+                part.sparsity.selector = 'random'
     if variant.name not in JOINT:
         cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook not in joint]
     hooks = {hook.type.removeprefix('mmdynsparse.'): hook for hook in cfg.custom_hooks}
