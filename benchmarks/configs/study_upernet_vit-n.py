@@ -1,5 +1,5 @@
-# Fine-tuning of a dense UperNet + ViT-N on a CPU, see accuracy_study.py: length, classes and learning
-# rate of the pretrained parameters as in study_upernet_swin-n.py.
+# Fine-tuning of a dense UperNet + ViT-N on a CPU, see accuracy_study.py: length, classes and
+# learning rate of the pretrained parameters as in study_upernet_swin-n.py.
 _base_ = '../../configs/sparse_vit/sparse-vit-n_mln_upernet_1xb8-finetune-400_camvid-256x256.py'
 class_weight = [0.5, 0.5, 8.0, 0.5, 1.0, 0.7, 4.0, 1.0, 0.7, 1.5, 2.0]
 model = dict(
