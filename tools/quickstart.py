@@ -37,7 +37,7 @@ NUM_TRAIN, NUM_VAL = 160, 40
 PARTS = 8  # of the validation set, from which the noise of accuracies is estimated
 NUM_PICTURED = 4
 ROUNDS = 20
-FINE_TUNING = 0.4  # of the length of the dense training, which is short
+FINE_TUNING = 0.35  # of the length of the dense training, which is short
 PRETRAINED_LR = 4e-4  # of pretrained parameters in the fine-tuning, a fifth of the config's
 
 

@@ -5,7 +5,7 @@ load_from = None
 resume = False
 randomness = dict(seed=0)
 
-max_iters = 400
+max_iters = 360
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters)  # tools/test.py evaluates
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
