@@ -10,7 +10,7 @@ is trained once for all ``--ratios``, each of which all sparse parts of the mode
 models trained for each ratio alone. Every finished run leaves a JSON file; what has one is not run
 again. ``report`` makes one file, tables and a plot of one or more studies
 and of what ``tools/analysis_tools/benchmark.py`` measured for the config of each, with
-``--parts backbone whole`` and the keep ratios of the study.
+``--parts whole``, better ``backbone whole``, and the keep ratios of the study.
 """
 
 import argparse
@@ -358,7 +358,8 @@ def accuracies(
     table: Sequence[Mapping], metrics: Sequence[str]
 ) -> tuple[str, list[str], list[list[str]]]:
     """Title, header and lines of the table of all variants, one value for each seed."""
-    parts = ('backbone', 'whole')
+    measured = {key for line in table for key in line['costs']}
+    parts = [part for part in ('backbone', 'whole') if f'GMACs {part}' in measured]
     header = ['study', 'variant', 'keep ratio', *metrics, 'kept']
     header += [f'GMACs {part}' for part in parts] + [f'{part}, ms' for part in parts]
     lines = []

@@ -96,6 +96,8 @@ class SparseRPNHead(CellHead, RPNHead):
         """
         cfg.nms.split_thr = 1  # boxes from which on mmcv takes the levels one by one
         results = results[results.scores.argsort(descending=True)]
+        # Under autocast they are of half precision, which mmcv's NMS does not take on a CPU.
+        results.bboxes, results.scores = results.bboxes.float(), results.scores.float()
         count = 2 * cfg.max_per_img
         while True:
             best = super()._bbox_post_process(results[:count], cfg, *args, **kwargs)

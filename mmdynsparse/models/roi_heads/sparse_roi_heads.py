@@ -111,6 +111,8 @@ class _RoIAlign(RoIAlign):
     """mmcv's layer, which at inference on a CPU in float32 is computed by matrix products."""
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+        if input.dtype == torch.bfloat16:  # for which mmcv has no kernel
+            return self.forward(input.float(), rois.float()).to(input.dtype)
         if not plain_float32(input):
             return super().forward(input, rois)
         args = (self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)

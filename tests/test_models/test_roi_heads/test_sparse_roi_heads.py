@@ -1,12 +1,15 @@
 """Sparse RoI heads against mmdet's, in whole detectors."""
 
+import multiprocessing as mp
 from copy import deepcopy
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
+from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip('mmdet')
 from mmdet.registry import MODELS
@@ -183,6 +186,64 @@ def test_training_is_that_of_mmdet(cascade, objects):
     loss.backward()
     grads = [p.grad for p in pair.sparse.roi_head.parameters()]
     assert all(g is not None and g.isfinite().all() for g in grads)
+
+
+def all_parts(cascade):
+    """A small detector of which everything is sparse, in training mode."""
+    cfg = model_cfg(cascade)
+    cfg.backbone.update(type='mmdynsparse.SparseSwinTransformer', depths=(1, 1, 3, 1))
+    cfg.backbone.sparsity = dict(keep_ratio=0.7, locations={2: [1]})
+    cfg.neck.update(type='mmdynsparse.SparseFPN', sparsity=dict(keep_ratio=0.5))
+    cfg.rpn_head.update(type='mmdynsparse.SparseRPNHead', sparsity=dict())
+    model = MODELS.build(cfg).train()
+    for decider in deciders(model).values():
+        decider.has_ratio_loss = True
+    return model
+
+
+def step(model, data):
+    losses = model(inputs=inputs(), data_samples=data, mode='loss')
+    bare = getattr(model, 'module', model)
+    masks = [d.mask.mean() for part in (bare.backbone, bare.neck) for d in part.decider.decisions]
+    loss, _ = bare.parse_losses(losses | dict(loss_keep_ratio=sum(masks)))
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in bare.named_parameters() if p.requires_grad}
+
+
+def worker(rank, model, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=2)
+    wrapped = DistributedDataParallel(model)
+    # The second process sees no objects; parameters that DDP finds unused raise in the second step.
+    for _ in range(2):
+        grads = step(wrapped, samples((1, 2) if rank == 0 else (0, 0)))
+    torch.save(grads, folder / f'{rank}.pth')
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('cascade', [False, True])
+def test_two_processes(cascade, tmp_path):
+    """All parameters get the same gradient in both, also where an image has no objects."""
+    model = all_parts(cascade)
+    context = mp.get_context('fork')
+    processes = [context.Process(target=worker, args=(rank, model, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
+    assert all(grad is not None and grad.isfinite().all() for grad in first.values())
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize('cascade', [False, True])
+def test_training_in_bf16(cascade):
+    """Neither NMS nor RoIAlign of mmcv take it, so stock detectors do not train so."""
+    with torch.autocast('cpu', torch.bfloat16):
+        grads = step(all_parts(cascade), samples())
+    assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
 
 
 @torch.no_grad()
