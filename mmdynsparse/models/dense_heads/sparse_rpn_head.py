@@ -82,7 +82,8 @@ class SparseRPNHead(CellHead, RPNHead):
             # Float16 and bfloat16 round a score by up to 0.4%.
             dropped = scores.new_tensor(DROPPED_LOGIT if self.training else -torch.inf).sigmoid()
             results = results[~scores.isclose(dropped, rtol=5e-3, atol=0)]
-        if cfg.nms.get('type', 'nms') == 'nms' and results.scores.is_cpu:
+        plain = cfg.nms.get('type', 'nms') == 'nms' and cfg.max_per_img > 0
+        if plain and results.scores.is_cpu:
             return self._nms_of_the_best(results, cfg, *args, **kwargs)
         return super()._bbox_post_process(results, cfg, *args, **kwargs)
 
@@ -94,10 +95,12 @@ class SparseRPNHead(CellHead, RPNHead):
         No box suppresses one of a higher score, so what is best after the NMS of the best boxes is
         best after that of all. Time goes with the square of the number of boxes.
         """
-        cfg.nms.split_thr = 1  # boxes from which on mmcv takes the levels one by one
+        # The number of boxes from which on mmcv takes the levels one by one.
+        cfg = ConfigDict({**cfg, 'nms': {**cfg.nms, 'split_thr': 1}})
         results = results[results.scores.argsort(descending=True)]
         # Under autocast they are of half precision, which mmcv's NMS does not take on a CPU.
-        results.bboxes, results.scores = results.bboxes.float(), results.scores.float()
+        results.bboxes = results.bboxes.to(torch.float32)
+        results.scores = results.scores.to(torch.float32)
         count = 2 * cfg.max_per_img
         while True:
             best = super()._bbox_post_process(results[:count], cfg, *args, **kwargs)
