@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 
 from mmdynsparse.analysis import dense_config
@@ -95,6 +95,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             type=int,
             help="length; 0: evaluate as it is; defaults to the config's",
         )
+        step.add_argument(
+            '--cfg-options', nargs='+', action=DictAction, help='changes of the config'
+        )
     dense.add_argument('--lr', type=float, required=True, help='highest learning rate')
     dense.add_argument('--prefix', help="load only these of the checkpoint's weights: 'backbone.'")
     run.add_argument('--seeds', type=int, nargs='+', default=[0], help='one training for each')
@@ -147,7 +150,7 @@ def variants(ratios: Sequence[float], joint: bool = False) -> Iterator[Variant]:
 
 def train_dense(args: argparse.Namespace) -> None:
     """Train the dense original without the hooks of the recipe."""
-    cfg = as_dense(load_config(args.config))
+    cfg = as_dense(load_config(args.config, args.cfg_options))
     cfg.optim_wrapper.optimizer.lr = args.lr
     if args.prefix:
         part = cfg.model[args.prefix.rstrip('.')]
@@ -160,7 +163,7 @@ def train_dense(args: argparse.Namespace) -> None:
 
 def run_variants(args: argparse.Namespace) -> None:
     """Fine-tune and evaluate what is not there yet."""
-    joint = bool(schedules(load_config(args.config)))
+    joint = bool(schedules(load_config(args.config, args.cfg_options)))
     known = list(variants(args.ratios, joint))
     wanted = [v for v in known if v.key.startswith(tuple(args.variants or ('',)))]
     if not wanted:
@@ -180,7 +183,7 @@ def run_variants(args: argparse.Namespace) -> None:
 def run_variant(variant: Variant, args: argparse.Namespace, seed: int) -> dict:
     """Fine-tune and evaluate one variant and return its row of the table."""
     begin = time.time()
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, args.cfg_options)
     cfg = as_dense(cfg) if variant.is_dense else as_sparse(cfg, variant)
     cfg.load_from = str(args.start)
     work_dir = args.out / f'{variant.training}_seed-{seed}'
@@ -201,9 +204,10 @@ def run_variant(variant: Variant, args: argparse.Namespace, seed: int) -> dict:
     return row | dict(minutes=round((time.time() - begin) / 60, 1))
 
 
-def load_config(path: Path) -> Config:
-    """Load a config and set the scope in which its types are looked up."""
+def load_config(path: Path, changes: Mapping | None = None) -> Config:
+    """Load a config, change it and set the scope in which its types are looked up."""
     cfg = Config.fromfile(path)
+    cfg.merge_from_dict(changes or {})
     init_default_scope(cfg.default_scope)
     return cfg
 

@@ -69,7 +69,10 @@ def test_runs_and_reports(study: ModuleType, config: Path, tmp_path: Path) -> No
     torch.save(MODELS.build(cfg.model).state_dict(), start)
     wanted = ['dense', 'learned-0.7']
     arguments = [config, '--start', start, '--out', out, '--iters', 2, '--variants', *wanted]
-    study.main(['run', *map(str, arguments)])
+    changes = ['--cfg-options', 'optim_wrapper.optimizer.lr=1e-5']
+    study.main(['run', *map(str, arguments), *changes])
+    used = Config.fromfile(out / 'learned-0.7_seed-0' / 'config.py')
+    assert used.optim_wrapper.optimizer.lr == 1e-5
     rows = [json.loads(path.read_text()) for path in out.glob('*_seed-0.json')]
     rows = {row['variant']: row for row in rows}
     assert rows.keys() == {'dense', 'dense, fine-tuned', 'learned'}
