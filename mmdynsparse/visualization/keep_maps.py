@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.decider import Decider, deciders
 from ..models.sparsity import RegionSparsity
@@ -35,6 +36,8 @@ def check_drawable(model: nn.Module) -> None:
 def keep_map_row(model: nn.Module, batch: dict, scale: float = 1.0) -> np.ndarray:
     """Draw the image that a model has just seen with what each of its sparse parts keeps.
 
+    What a RoI head keeps is what the boxes of the kept proposals cover.
+
     Args:
         model: The model, in eval mode, after ``test_step`` on the batch.
         batch: One image, as a data loader gives it.
@@ -53,7 +56,11 @@ def keep_map_row(model: nn.Module, batch: dict, scale: float = 1.0) -> np.ndarra
     image = Image.fromarray(np.pad(image, padding))
     image = np.asarray(image.resize((round(width * scale), round(height * scale))))
     decisions = [d for decider in _of_maps(model).values() for d in decider.decisions]
-    return draw_keep_maps(image, decisions, 0, decision_labels(model))
+    labels = decision_labels(model)
+    if boxes := getattr(getattr(model, 'roi_head', None), 'kept_boxes', None):
+        decisions.append(_covered(boxes[0], (height, width)))
+        labels.append(f'in the {len(boxes[0])} kept proposals')
+    return draw_keep_maps(image, decisions, 0, labels)
 
 
 def decision_labels(model: nn.Module) -> list[str]:
@@ -61,7 +68,7 @@ def decision_labels(model: nn.Module) -> list[str]:
 
     A backbone's are 'stage 3' or, where a stage has several, 'stage 3, block 2'; those of a vision
     transformer 'layer 4'; others have the name of their part. Decisions about proposals and
-    detections have no map, and so no label.
+    detections are about no map, and get no label.
     """
     labels = []
     for name, decider in _of_maps(model).items():
@@ -118,6 +125,14 @@ def draw_keep_maps(
         panels.append(labelled_panel(_tint_dropped(image, keep), f'{label}: {share:.0%} kept'))
     gap = np.full((panels[0].shape[0], GAP, 3), 255, np.uint8)
     return np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
+
+
+def _covered(boxes_N4: Tensor, hw: tuple[int, int]) -> Decision:
+    """Return the decision that keeps the pixels of an image that lie in a box."""
+    mask = torch.zeros(hw)
+    for x1, y1, x2, y2 in boxes_N4.round().int().tolist():
+        mask[y1:y2, x1:x2] = 1
+    return Decision(mask.view(1, -1), mask.view(1, -1), hw, 1.0)
 
 
 def _of_maps(model: nn.Module) -> dict[str, Decider]:

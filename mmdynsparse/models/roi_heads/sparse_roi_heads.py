@@ -12,7 +12,7 @@ import torch
 from mmcv.ops import RoIAlign
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.test_time_augs import merge_aug_masks
-from mmdet.structures.bbox import bbox2roi
+from mmdet.structures.bbox import bbox2roi, get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -25,11 +25,17 @@ from .sparse_fcn_mask_head import SparseFCNMaskHead
 
 
 class _SparseRoIHead:
-    """What both RoI heads add to mmdet's."""
+    """What both RoI heads add to mmdet's.
+
+    Attributes:
+        kept_boxes: Boxes of the kept proposals of each image, (N, 4) in px, of the last forward in
+            which some were chosen; for pictures.
+    """
 
     def __init__(self, sparsity: Mapping | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
         self.decider = None if sparsity is None else Decider(RegionSparsity.from_cfg(sparsity))
+        self.kept_boxes: list[Tensor] = []
         for part in (self.bbox_roi_extractor, getattr(self, 'mask_roi_extractor', None)):
             for extractor in _modules(part):
                 layers = extractor.roi_layers
@@ -104,7 +110,9 @@ class _SparseRoIHead:
         decision = decide_regions(self.decider, [found.scores for found in proposals])
         self.decider([decision])
         masks = decision.mask[0].bool().split([*map(len, proposals)])
-        return [found[mask] for found, mask in zip(proposals, masks, strict=True)]
+        kept = [found[mask] for found, mask in zip(proposals, masks, strict=True)]
+        self.kept_boxes = [get_box_tensor(found.bboxes).detach() for found in kept]
+        return kept
 
 
 class _RoIAlign(RoIAlign):

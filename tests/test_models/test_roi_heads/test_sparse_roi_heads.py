@@ -3,6 +3,7 @@
 import multiprocessing as mp
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,8 +19,11 @@ from mmdet.structures.mask import BitmapMasks
 
 from mmdynsparse.analysis.dense import build_pair
 from mmdynsparse.analysis.flops import count_macs
+from mmdynsparse.analysis.images import image_batch
 from mmdynsparse.models.budgets import add_budgets, set_budget
 from mmdynsparse.models.decider import deciders
+from mmdynsparse.visualization import keep_map_row
+from mmdynsparse.visualization.keep_maps import GAP, LABEL_HEIGHT
 
 STANDARD = 'configs/sparse_swin/mask-rcnn_swin-n_fpn_1xb2-2k_camvid.py'
 META = dict(
@@ -153,6 +157,22 @@ def test_fewer_multiply_adds(cascade):
     set_budget(pair.sparse, 1.0)
     # The masks of other classes than the own one are not computed.
     assert 0.9 * dense < macs(pair.sparse) <= dense
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('cascade', [False, True])
+def test_a_picture_shows_what_kept_proposals_cover(cascade):
+    model = MODELS.build(model_cfg(cascade, proposals=0.02)).eval()
+    batch = image_batch(1, (96, 128), 'mmdet')
+    model.test_step(batch)
+    panels = keep_map_row(model, batch)[LABEL_HEIGHT:]
+    image, shown = panels[:, :128], panels[:, 128 + GAP :]
+    covered = np.zeros((96, 128), bool)
+    for x1, y1, x2, y2 in model.roi_head.kept_boxes[0].round().int().tolist():
+        covered[y1:y2, x1:x2] = True
+    assert 0 < covered.sum() < covered.size
+    assert (shown == image).all(-1)[covered].all()
+    assert (shown != image).any(-1)[~covered].mean() > 0.9
 
 
 def test_budgets():
