@@ -28,8 +28,8 @@ class _SparseRoIHead:
     """What both RoI heads add to mmdet's.
 
     Attributes:
-        kept_boxes: Boxes of the kept proposals of each image, (N, 4) in px, of the last forward in
-            which some were chosen; for pictures.
+        kept_boxes: For pictures: boxes of the kept proposals of each image of the last forward,
+            (N, 4) in px. Empty if there was nothing to choose from.
     """
 
     def __init__(self, sparsity: Mapping | None = None, **kwargs) -> None:
@@ -100,6 +100,7 @@ class _SparseRoIHead:
 
     def _kept(self, proposals: list[InstanceData]) -> list[InstanceData]:
         """Return the kept proposals of each image, in the order that they had."""
+        self.kept_boxes = []
         if self.decider is None or not any(map(len, proposals)):
             return proposals
         if not all('scores' in found for found in proposals):
